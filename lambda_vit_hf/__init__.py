@@ -1,0 +1,39 @@
+"""Vision transformers with fewer attention layers, inside the Hugging Face ecosystem."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    ViTImageProcessor,
+)
+
+from .callback import EntropyGuidedRemovalCallback, StopOnNonFiniteGradient
+from .checkpoints import find_resumable_checkpoint
+from .configuration_lambda_vit import LambdaViTConfig
+from .modeling_lambda_vit import LambdaViTForImageClassification, LambdaViTForMaskedImageModeling, LambdaViTModel
+from .selection import AttentionSelection, select_attention_layers
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(LambdaViTConfig.model_type, LambdaViTConfig, exist_ok=True)
+AutoModel.register(LambdaViTConfig, LambdaViTModel, exist_ok=True)
+AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClassification, exist_ok=True)
+AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
+AutoImageProcessor.register(
+    LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True
+)
+
+__all__ = [
+    "AttentionSelection",
+    "EntropyGuidedRemovalCallback",
+    "LambdaViTConfig",
+    "LambdaViTForImageClassification",
+    "LambdaViTForMaskedImageModeling",
+    "LambdaViTModel",
+    "StopOnNonFiniteGradient",
+    "find_resumable_checkpoint",
+    "select_attention_layers",
+]

@@ -1,0 +1,117 @@
+"""Arguments of the training program: dataclasses, read from a YAML recipe first, then from the command line."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from: a checkpoint, or a new ViT of the given shape, trained first."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of any ViT checkpoint. Without it a new ViT is trained."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace the classifier of a checkpoint with another number of classes."}
+    )
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth, in [0, 1)."})
+    drop_path_schedule: str = field(default="constant", metadata={"help": "constant or linear (grows with depth)."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    image_size: int = field(default=224, metadata={"help": "New model: height and width in pixels."})
+    patch_size: int = field(default=16, metadata={"help": "New model: pixels per patch side."})
+    hidden_size: int = field(default=192, metadata={"help": "New model: width."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "New model: layers."})
+    num_attention_heads: int = field(default=3, metadata={"help": "New model: attention heads."})
+    intermediate_size: int = field(default=768, metadata={"help": "New model: width of the MLP."})
+    base_num_train_epochs: float = field(default=10.0, metadata={"help": "New model: epochs before removal begins."})
+    base_learning_rate: float = field(default=1e-3, metadata={"help": "New model: peak learning rate."})
+
+
+@dataclass
+class DataArguments:
+    """Which images."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (ships with scikit-learn)."})
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder with parquet files, or with one image folder per class."}
+    )
+    random_shift: int = field(default=0, metadata={"help": "Augmentation: shift by up to this many pixels."})
+
+
+@dataclass
+class RemovalArguments:
+    """Which attention layers go, and how."""
+
+    removal_ratio: float | None = field(default=None, metadata={"help": "Fraction of the attention layers, in [0, 1]."})
+    num_layers: int | None = field(default=None, metadata={"help": "Number of attention layers to remove."})
+    layers: list[int] | None = field(default=None, metadata={"help": "The layers to remove, 0-based."})
+    strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, first, last or random."})
+    calibration_size: int = field(default=512, metadata={"help": "Training images to select on."})
+    output: str | None = field(default=None, metadata={"help": "Measured: class_head, class_token or token_mean."})
+    mask: str = field(default="skip", metadata={"help": "Masked layers: skip or identity."})
+    compare: str = field(default="magnitude", metadata={"help": "Compare transfer entropy by magnitude or value."})
+    schedule: str = field(default="linear", metadata={"help": "Lambda falls linear or cosine."})
+    hold_share: float = field(default=0.25, metadata={"help": "Share of training, at its end, with lambda = 0."})
+    granularity: str = field(default="step", metadata={"help": "Lambda changes every step or every epoch."})
+    fold: bool = field(default=True, metadata={"help": "Fold the removed identity into the weights."})
+
+
+@dataclass
+class LambdaTrainingArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments, and what to do with an output folder that is not empty."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in a folder that is not empty; its old checkpoints are deleted."}
+    )
+
+
+# Of each group, what the command line names replaces what the recipe says.
+_EXCLUSIVE = (("removal_ratio", "num_layers", "layers"), ("dataset_name", "dataset_dir"))
+
+
+def parse_arguments(argv: list[str], argument_types: list[type]) -> tuple:
+    """
+    Dataclasses from `[recipe.yaml] [--field value ...]`.
+
+    Args:
+        argv (`list[str]`): command line without the program's name.
+        argument_types (`list[type]`): dataclasses whose fields are the options.
+
+    Returns:
+        One instance of each of `argument_types`.
+
+    Raises:
+        FileNotFoundError: if the recipe does not exist.
+        ValueError: if the recipe is not a mapping, or names an unknown field.
+    """
+    parser = HfArgumentParser(argument_types)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = _read_recipe(Path(argv[0]))
+        argv = argv[1:]
+        known = {field.name for kind in argument_types for field in dataclasses.fields(kind)}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            raise ValueError(f"The recipe sets unknown fields: {unknown}. `--help` lists the known ones.")
+        given = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
+        for group in _EXCLUSIVE:
+            if given & set(group):
+                recipe = {name: value for name, value in recipe.items() if name not in group}
+        for action in parser._actions:
+            action.required = action.required and action.dest not in recipe
+        # As text, so that argparse converts and checks a recipe's values as it does the command line's.
+        parser.set_defaults(**{name: value if isinstance(value, (bool, list, dict)) or value is None else str(value)
+                               for name, value in recipe.items()})  # fmt: skip
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _read_recipe(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"The recipe {path} does not exist.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
+    return recipe

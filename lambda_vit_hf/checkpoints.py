@@ -1,0 +1,69 @@
+"""Which checkpoint of an interrupted run can be resumed.
+
+The Trainer writes straight into `checkpoint-N`, so a run killed in the middle of saving leaves a folder that looks
+like the newest checkpoint but is not whole (https://github.com/huggingface/transformers/issues/35782).
+"""
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
+
+def what_is_broken(checkpoint: str | Path) -> str | None:
+    """Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole."""
+    checkpoint = Path(checkpoint)
+    try:
+        # Written last: a checkpoint without it was interrupted.
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        return f"no {Path(error.filename).name}"
+    except ValueError:
+        return "trainer_state.json or config.json is cut short"
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        return "no weights"
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{path.name} is cut short"
+    for pattern in _TORCH_FILES:
+        files = sorted(checkpoint.glob(pattern))
+        if not files:
+            return f"no {pattern}"
+        for path in files:
+            # torch writes zip archives, with the directory at the end.
+            if not zipfile.is_zipfile(path):
+                return f"{path.name} is cut short"
+    return None
+
+
+def find_resumable_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The newest whole checkpoint in a Trainer's output folder; every newer one that is not whole is logged as a warning.
+
+    Args:
+        output_dir (`str` or `Path`): the folder with `checkpoint-N` folders.
+
+    Returns:
+        The checkpoint's path, or `None` if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    for checkpoint in sorted(folders, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]), reverse=True):
+        problem = what_is_broken(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("Passing over %s: %s.", checkpoint, problem)
+    return None

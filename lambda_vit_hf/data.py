@@ -1,0 +1,209 @@
+"""Image datasets as `datasets` gives them, and as the Trainer takes them: decoded, augmented, processed."""
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import Dataset
+
+from .calibration import evenly_spaced, fixed_randomness
+
+
+def load_digits(seed: int = 0) -> datasets.DatasetDict:
+    """
+    The 1,797 handwritten digits that ship with scikit-learn: 8 x 8 gray PNGs, 80 % `train` and 20 % `validation`,
+    stratified.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    images = [PIL.Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    return _with_validation(datasets.DatasetDict(train=whole), "label", seed)
+
+
+def load_image_dataset(name: str | None = None, directory: str | Path | None = None, seed: int = 0):
+    """
+    A `DatasetDict` with splits `train` and `validation`, an `Image` and a `ClassLabel` column.
+
+    Args:
+        name (`str`, *optional*): `"digits"`, or the id of a dataset on the Hub; or
+        directory (`str` or `Path`, *optional*):
+            A local folder: parquet files (`train*.parquet`, `validation*.parquet`), or images in one folder per class,
+            with or without `train` and `validation` (or `test`) above them.
+        seed (`int`, *optional*, defaults to 0): for the split, where there is no validation set: a fifth of `train`.
+
+    Raises:
+        FileNotFoundError: if `directory` does not exist.
+        ValueError: if there are no images or labels, or if the splits differ in their classes.
+    """
+    if (name is None) == (directory is None):
+        raise ValueError("Give exactly one of a dataset name and a dataset directory.")
+    if name == "digits":
+        return load_digits(seed)
+    loaded = datasets.load_dataset(name) if name else _load_directory(Path(directory))
+    image_column, label_column = find_columns(loaded["train"] if "train" in loaded else next(iter(loaded.values())))
+    loaded = loaded.select_columns([image_column, label_column])
+    loaded = loaded.rename_columns(
+        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    )
+    return _with_validation(loaded, "label", seed)
+
+
+def _load_directory(directory: Path) -> datasets.DatasetDict:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"The dataset folder {directory} does not exist.")
+    parquet = sorted(directory.rglob("*.parquet"))
+    if not parquet:
+        _check_folder_classes(directory)
+        return datasets.load_dataset("imagefolder", data_dir=str(directory))
+    files: dict[str, list[str]] = {}
+    for path in parquet:
+        relative = str(path.relative_to(directory)).lower()
+        split = next((split for split in ("validation", "val", "test") if split in relative), "train")
+        files.setdefault({"val": "validation"}.get(split, split), []).append(str(path))
+    return datasets.load_dataset("parquet", data_files=files)
+
+
+def _check_folder_classes(directory: Path) -> None:
+    # imagefolder merges the classes of all splits, which shifts the labels of one split by another's folders.
+    splits = {path.name: path for path in directory.iterdir() if path.name in ("train", "validation", "val", "test")}
+    classes = {
+        name: sorted(entry.name for entry in path.iterdir() if entry.is_dir()) for name, path in splits.items()
+    }
+    for name, found in classes.items():
+        if found != classes.get("train", found):
+            only = sorted(set(found) ^ set(classes["train"]))
+            raise ValueError(f"The class folders of {directory} differ between `train` and `{name}`: {only}.")
+
+
+def find_columns(dataset: datasets.Dataset) -> tuple[str, str]:
+    """
+    Names of the image and the label column, by type.
+
+    Raises:
+        ValueError: if there is not exactly one `Image` and one `ClassLabel` column.
+    """
+    found = {}
+    for kind in (datasets.Image, datasets.ClassLabel):
+        names = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+        if len(names) != 1:
+            columns = {name: type(feature).__name__ for name, feature in dataset.features.items()}
+            raise ValueError(f"Expected one {kind.__name__} column, found {names} among {columns}.")
+        found[kind] = names[0]
+    return found[datasets.Image], found[datasets.ClassLabel]
+
+
+def _with_validation(loaded: datasets.DatasetDict, label_column: str, seed: int) -> datasets.DatasetDict:
+    if "train" not in loaded:
+        raise ValueError(f"A `train` split is needed, found {list(loaded)}.")
+    validation = next((loaded[name] for name in ("validation", "test") if name in loaded), None)
+    if validation is None:
+        parts = loaded["train"].train_test_split(test_size=0.2, stratify_by_column=label_column, seed=seed)
+        return datasets.DatasetDict(train=parts["train"], validation=parts["test"])
+    names = loaded["train"].features[label_column].names
+    if validation.features[label_column].names != names:
+        raise ValueError(
+            f"The classes of the splits differ: train has {names}, validation has"
+            f" {validation.features[label_column].names}."
+        )
+    return datasets.DatasetDict(train=loaded["train"], validation=validation)
+
+
+def check_images(dataset: datasets.Dataset, limit: int = 50_000) -> None:
+    """
+    Read the header of every image (of `limit` evenly spaced ones, if there are more), without decoding pixels, and
+    check every label.
+
+    Raises:
+        ValueError: naming the first files that are no images, or a label outside the classes.
+    """
+    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+    broken = []
+    for index in evenly_spaced(len(undecoded), limit):
+        item = undecoded[index]["image"]
+        try:
+            source = item["path"] if item["bytes"] is None else _BytesFile(item["bytes"])
+            with PIL.Image.open(source):
+                pass
+        except (OSError, TypeError, AttributeError, PIL.Image.DecompressionBombError) as error:
+            name = (item or {}).get("path") or f"row {index}"
+            broken.append(f"{name} ({type(error).__name__})")
+    if broken:
+        shown = ", ".join(broken[:5])
+        raise ValueError(f"{len(broken)} of the dataset's files are not readable images: {shown}. Remove or replace them.")
+    num_classes = dataset.features["label"].num_classes
+    bad_labels = [label for label in dataset.unique("label") if label is None or not 0 <= label < num_classes]
+    if bad_labels:
+        raise ValueError(f"Labels {bad_labels[:5]} lie outside the {num_classes} classes of the `label` column.")
+
+
+def _BytesFile(data: bytes):  # noqa: N802 - reads as what it returns
+    import io
+
+    return io.BytesIO(data)
+
+
+class ProcessedImages(Dataset):
+    """
+    Items `{"pixel_values": (channels, height, width), "labels": int}` from a dataset with `image` and `label`.
+
+    The randomness of an augmentation depends on `seed`, epoch and index only. So a resumed run, another number of
+    workers or of processes sees the same pictures. Whole batches are processed at once.
+
+    Args:
+        dataset (`datasets.Dataset`): with columns `image` (PIL) and `label`.
+        image_processor: a Hugging Face image processor.
+        augmentation (`Callable`, *optional*): from a PIL image to a PIL image; none for evaluation.
+        seed (`int`, *optional*, defaults to 0): of the augmentation.
+    """
+
+    def __init__(self, dataset, image_processor, augmentation: Callable | None = None, seed: int = 0):
+        self.dataset, self.image_processor = dataset, image_processor
+        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer's dataloader: other random augmentations in each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        rows = self.dataset[indices]
+        images = [self._augment(image.convert("RGB"), index) for image, index in zip(rows["image"], indices, strict=True)]
+        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return [
+            {"pixel_values": image, "labels": label} for image, label in zip(pixel_values, rows["label"], strict=True)
+        ]
+
+    def _augment(self, image: PIL.Image.Image, index: int) -> PIL.Image.Image:
+        if self.augmentation is None:
+            return image
+        with fixed_randomness(random.Random(f"{self.seed}-{self.epoch}-{index}").getrandbits(32)):
+            return self.augmentation(image)
+
+
+def random_shift(image_size: int, padding: int) -> Callable:
+    """Augmentation for small pictures: pad by `padding` pixels of the edge colour, crop at random to `image_size`."""
+    from torchvision.transforms import RandomCrop
+
+    return RandomCrop(image_size, padding=padding, padding_mode="edge")
+
+
+def collate(items: list[Mapping]) -> dict[str, torch.Tensor]:
+    """Batch of items: `pixel_values` `(batch, channels, height, width)` and `labels` `(batch,)`."""
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }

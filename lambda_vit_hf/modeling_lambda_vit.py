@@ -1,0 +1,393 @@
+"""LambdaViT: a ViT whose attention layers can fade into the identity and be removed.
+
+Everything that is not about removal is transformers' ViT. Shapes: `(batch, tokens, hidden)`.
+Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTLayer,
+    ViTMLP,
+    ViTModel,
+    ViTPooler,
+    ViTPreTrainedModel,
+)
+
+from .configuration_lambda_vit import LambdaViTConfig
+from .removal import check_layer_indices, fold_encoder_, folded_layer_norm_eps
+
+
+# Files on the Hub carry the key names of transformers 4. The renaming on load is looked up by class name and skips
+# subclasses: without this line every encoder weight of a ViT checkpoint would be left at its random start.
+register_checkpoint_conversion_mapping("LambdaViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True)
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_ENCODER_KEYS = ("embeddings.cls_token", "embeddings.position", "embeddings.patch", "layers.", "layernorm.")
+
+
+class LambdaViTDropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images, in training only. Shape kept."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * (keep.to(branch.dtype) / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Passes `hidden_states` on and tells autograd that `parameters` were seen, but have no gradient.
+
+    DistributedDataParallel waits for every parameter; those of an attention that is no longer computed would make it
+    fail. Multiplying them by zero would also do, at the price of reading them, and of NaN where a weight is infinite.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, *parameters):
+        ctx.num_parameters = len(parameters)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, *[None] * ctx.num_parameters
+
+
+class LambdaViTLayer(ViTLayer):
+    """
+    One block: token mixing by attention (or what is left of it), then an MLP.
+
+    Differences from `ViTLayer`:
+
+    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against the identity
+      (paper, equation 7): `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block; at 0
+      attention is not computed.
+    - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
+      LayerNorm and no lambda: `x = 2 * x`, or nothing at all in a folded model.
+    - Stochastic depth on both branches.
+    """
+
+    def __init__(self, config: LambdaViTConfig, layer_index: int):
+        nn.Module.__init__(self)
+        has_attention = config.attention_flags[layer_index]
+        self.attention = ViTAttention(config) if has_attention else None
+        self.layernorm_before = nn.LayerNorm(config.hidden_size) if has_attention else None
+        self.layernorm_after = nn.LayerNorm(config.hidden_size)
+        self.mlp = ViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = LambdaViTDropPath(config.drop_path_rates()[layer_index])
+        self.register_buffer("attention_lambda", torch.ones(()) if has_attention else None)
+        self.attention_state = "kept" if has_attention else "removed"
+        self.register_load_state_dict_post_hook(_read_attention_state)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
+
+    def mix_tokens(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
+        if self.attention_state == "folded":
+            return hidden_states
+        if self.attention_state == "removed":
+            return 2 * hidden_states
+        if self.attention_state == "off":
+            return 2 * self._mark_unused_attention(hidden_states)
+        branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        branch = self.drop_path(self.dropout(branch))
+        if self.attention_state == "kept":
+            return branch + hidden_states
+        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
+        branch = self.mlp(self.layernorm_after(hidden_states))
+        return self.drop_path(self.dropout(branch)) + hidden_states
+
+    def attention_parameters(self) -> list[nn.Parameter]:
+        """Parameters that go when this layer's attention is removed: the attention's and its LayerNorm's."""
+        if self.attention is None:
+            return []
+        return [*self.attention.parameters(), *self.layernorm_before.parameters()]
+
+    def _mark_unused_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        unused = [parameter for parameter in self.attention_parameters() if parameter.requires_grad]
+        if not (self.training and unused and torch.is_grad_enabled()):
+            return hidden_states
+        return _WithoutGradient.apply(hidden_states, *unused)
+
+    def extra_repr(self) -> str:
+        return f"attention {self.attention_state}"
+
+
+def _read_attention_state(layer: LambdaViTLayer, _incompatible_keys=None) -> None:
+    # Which branch to run is a Python attribute: reading the buffer in `forward` would wait for the GPU in every layer
+    # and break compiled graphs. It is read again wherever the buffer can have changed.
+    if layer.attention is not None and not layer.attention_lambda.is_meta:
+        value = layer.attention_lambda.item()
+        layer.attention_state = "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
+
+
+class LambdaViTPreTrainedModel(ViTPreTrainedModel):
+    """
+    Weights, loading and removal, for every LambdaViT model.
+
+    Differences from `ViTPreTrainedModel`: `set_attention_lambda`, `remove_attention`, `fold_removed_attention`;
+    `from_pretrained` takes any ViT checkpoint and raises where a weight of the encoder would stay random or be lost;
+    `save_pretrained` writes the names the modules have, which is what `Trainer` needs to resume.
+    """
+
+    config: LambdaViTConfig
+    config_class = LambdaViTConfig
+    _no_split_modules = ["ViTEmbeddings", "LambdaViTLayer"]
+    _keys_to_ignore_on_load_missing = [r"attention_lambda$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LambdaViTLayer) and module.attention is not None:
+            init.ones_(module.attention_lambda)
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        """The blocks, index 0 nearest to the image."""
+        return self.base_model.layers
+
+    @property
+    def attention_lambdas(self) -> list[float | None]:
+        """Lambda of each layer; `None` where attention is removed."""
+        return [None if layer.attention is None else layer.attention_lambda.item() for layer in self.encoder_layers]
+
+    def set_attention_lambda(self, value: float, layers: list[int]) -> None:
+        """
+        Set the dilution coefficient of some layers.
+
+        Args:
+            value (`float`): lambda in [0, 1]; 1 is ordinary attention, at 0 the layer's attention is not computed.
+            layers (`list[int]`): 0-based layer indices that still have attention.
+
+        Raises:
+            ValueError: if `value` is outside [0, 1], or a layer is unknown, repeated or already removed.
+        """
+        if isinstance(value, bool) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"lambda must be a number in [0, 1], got {value!r}.")
+        for index in self._check_attention_exists(layers):
+            layer = self.encoder_layers[index]
+            layer.attention_lambda.fill_(value)
+            layer.attention_state = "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
+
+    def remove_attention(self, layers: list[int]) -> None:
+        """
+        Drop the attention weights and the first LayerNorm of some layers, whatever their lambda, and record it in the
+        config. At lambda = 0 the model stays the same function, to the bit. In a folded model
+        (`config.fold_removed`) the newly removed layers are folded too.
+
+        Call it on the unwrapped model, after training: an optimizer keeps the parameters it was given.
+
+        Args:
+            layers (`list[int]`): 0-based layer indices that still have attention.
+
+        Raises:
+            ValueError: if a layer is unknown, repeated or already removed, or if no attention would be left. The
+                model is unchanged then.
+        """
+        layers = self._check_attention_exists(layers)
+        flags = [flag and index not in layers for index, flag in enumerate(self.config.attention_flags)]
+        if not any(flags):
+            raise ValueError(f"Removing {layers} would leave no attention at all. Keep at least one layer.")
+        if self.config.fold_removed:
+            fold_encoder_(self.encoder_layers, [index in layers for index in range(len(flags))])
+        for index in layers:
+            layer = self.encoder_layers[index]
+            layer.attention = layer.layernorm_before = layer.attention_lambda = None
+        self.config.attention_flags = flags
+        self._follow_config()
+
+    def fold_removed_attention(self) -> None:
+        """
+        Absorb the doubling of removed layers in the weights that follow; the function stays the same, to the bit in
+        float32, bfloat16 and float64. Does nothing in a model that is folded already.
+
+        Raises:
+            ValueError: in float16, if a weight would leave the format's exact range. The model is unchanged then.
+        """
+        if not self.config.fold_removed:
+            fold_encoder_(self.encoder_layers, [not flag for flag in self.config.attention_flags])
+            self.config.fold_removed = True
+            self._follow_config()
+
+    def _check_attention_exists(self, layers: list[int]) -> list[int]:
+        layers = check_layer_indices(layers, len(self.encoder_layers))
+        removed = [index for index in layers if self.encoder_layers[index].attention is None]
+        if removed:
+            raise ValueError(f"The attention of layers {removed} is removed already.")
+        return layers
+
+    def _follow_config(self) -> None:
+        """Bring what the config implies up to date: LayerNorm epsilons, and what a removed layer does."""
+        epsilons = folded_layer_norm_eps(self.config)
+        for layer, eps in zip(self.encoder_layers, epsilons, strict=True):
+            layer.layernorm_after.eps = eps
+            if layer.attention is not None:
+                layer.layernorm_before.eps = eps
+            else:
+                layer.attention_state = "folded" if self.config.fold_removed else "removed"
+        self.base_model.layernorm.eps = epsilons[-1]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        r"""
+        Load a LambdaViT checkpoint, or any ViT checkpoint, in the key names of transformers 4 or 5.
+
+        Args:
+            attention_flags (`list[bool]`, *optional*):
+                Start with these layers removed: the checkpoint is loaded whole, then `remove_attention` is called.
+            fold_removed (`bool`, *optional*):
+                Fold after loading.
+            kwargs: everything [`PreTrainedModel.from_pretrained`] takes.
+
+        Raises:
+            ValueError: if a weight of the encoder is missing from the checkpoint, has another shape, or has no place
+                in the model; if `attention_flags` asks for attention that the checkpoint no longer has.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        wanted = {name: kwargs.pop(name) for name in ("attention_flags", "fold_removed") if name in kwargs}
+        if isinstance(config, LambdaViTConfig) and (config.removed_layers or config.fold_removed):
+            wanted = {"attention_flags": config.attention_flags, "fold_removed": config.fold_removed, **wanted}
+        if wanted and pretrained_model_name_or_path is not None:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            stored = LambdaViTConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+            config = copy.deepcopy(config) if isinstance(config, LambdaViTConfig) else stored
+            config.attention_flags, config.fold_removed = stored.attention_flags, stored.fold_removed
+            wanted = _removal_to_do(stored, **wanted)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        model._check_loaded_weights(info, pretrained_model_name_or_path)
+        for layer in model.encoder_layers:
+            _read_attention_state(layer)
+        if wanted.get("layers"):
+            model.remove_attention(wanted["layers"])
+        if wanted.get("fold_removed"):
+            model.fold_removed_attention()
+        return (model, info) if return_info else model
+
+    def _check_loaded_weights(self, info: dict, source: str) -> None:
+        def of_encoder(keys):
+            return sorted(key for key in keys if key.removeprefix("vit.").startswith(_ENCODER_KEYS))
+
+        problems = {
+            "not in the checkpoint (they would stay random)": of_encoder(info["missing_keys"]),
+            "in the checkpoint, but not in the model (they would be lost)": of_encoder(info["unexpected_keys"]),
+            "of another shape": of_encoder(key for key, *_ in info["mismatched_keys"]),
+        }
+        lines = [f"- {len(keys)} {what}: {', '.join(keys[:4])}, ..." for what, keys in problems.items() if keys]
+        if lines:
+            raise ValueError(
+                f"The weights of {source} do not fit its configuration (attention removed in layers"
+                f" {self.config.removed_layers} of {self.config.num_hidden_layers}):\n" + "\n".join(lines) + "\nIf the"
+                " file is whole, its config.json is another model's. To start from a full checkpoint with layers"
+                " removed, pass `attention_flags=` to `from_pretrained`."
+            )
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """
+        As [`PreTrainedModel.save_pretrained`], but under the names the modules have (`vit.layers.0.attention.q_proj`).
+
+        `Trainer` restores checkpoints without renaming: with the old names it would leave most tensors as they were
+        (https://github.com/huggingface/transformers/issues/48805).
+
+        Raises:
+            ValueError: if `config.attention_flags` was edited by hand and no longer describes the model.
+        """
+        flags = [layer.attention is not None for layer in self.encoder_layers]
+        if flags != self.config.attention_flags:
+            raise ValueError(
+                f"`config.attention_flags` is {self.config.attention_flags}, but attention exists in {flags}."
+                " Use `remove_attention` instead of editing the config."
+            )
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+
+def _removal_to_do(stored: LambdaViTConfig, attention_flags=None, fold_removed=None) -> dict:
+    """What is left to remove and fold after a checkpoint was loaded as it is stored."""
+    goal = copy.deepcopy(stored)
+    goal.attention_flags = stored.attention_flags if attention_flags is None else attention_flags
+    goal.validate()
+    missing = sorted(set(stored.removed_layers) - set(goal.removed_layers))
+    if missing:
+        raise ValueError(f"`attention_flags` asks for attention in layers {missing}, which the checkpoint has not.")
+    if stored.fold_removed and stored.removed_layers and fold_removed is False:
+        raise ValueError("The checkpoint is folded; it cannot be loaded with `fold_removed=False`.")
+    return {"layers": sorted(set(goal.removed_layers) - set(stored.removed_layers)), "fold_removed": fold_removed}
+
+
+class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
+    """The bare LambdaViT. Differences from `ViTModel`: its layers are [`LambdaViTLayer`]s."""
+
+    def __init__(self, config: LambdaViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        ViTPreTrainedModel.__init__(self, config)
+        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.layers = nn.ModuleList([LambdaViTLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        self._follow_config()
+        self.post_init()
+
+
+class LambdaViTForImageClassification(LambdaViTPreTrainedModel, ViTForImageClassification):
+    """
+    LambdaViT with a linear head on the class token.
+
+    Example:
+
+    ```python
+    >>> from lambda_vit_hf import LambdaViTForImageClassification
+
+    >>> model = LambdaViTForImageClassification.from_pretrained("facebook/deit-base-patch16-224")  # any ViT
+    >>> model.set_attention_lambda(0.5, layers=[0, 1])  # half way into the identity
+    >>> model.remove_attention([0, 1])
+    >>> model.fold_removed_attention()
+    ```
+    """
+
+    def __init__(self, config: LambdaViTConfig):
+        ViTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.vit = LambdaViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+
+class LambdaViTForMaskedImageModeling(LambdaViTPreTrainedModel, ViTForMaskedImageModeling):
+    """LambdaViT with a decoder for masked image modeling, as [`ViTForMaskedImageModeling`]."""
+
+    def __init__(self, config: LambdaViTConfig):
+        ViTPreTrainedModel.__init__(self, config)
+        self.vit = LambdaViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+
+__all__ = [
+    "LambdaViTForImageClassification",
+    "LambdaViTForMaskedImageModeling",
+    "LambdaViTModel",
+    "LambdaViTPreTrainedModel",
+]

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import setup
+
+
+CORE = [
+    "torch>=2.11",
+    "torchvision",
+    "transformers>=5.17,<6",
+    "safetensors>=0.5",
+    "huggingface_hub>=1.0",
+    "Pillow",
+    "numpy",
+    "tqdm",
+]
+TRAIN = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "evaluate>=0.4.3",
+    "Jinja2>=3.1",
+    "matplotlib>=3.8",
+    "PyYAML",
+    "scikit-learn>=1.3",
+    "timm>=1.0.20",
+]
+TEST = [*TRAIN, "pytest>=8", "ruff>=0.9"]
+
+setup(
+    name="lambda-vit-hf",
+    version="0.1.0",
+    description="Vision transformers with fewer attention layers: entropy-guided removal for Hugging Face ViTs",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["lambda_vit_hf", "lambda_vit_hf.model_cards"],
+    package_dir={"lambda_vit_hf.model_cards": "model_cards"},
+    package_data={"lambda_vit_hf": ["py.typed"], "lambda_vit_hf.model_cards": ["*.jinja"]},
+    install_requires=CORE,
+    extras_require={"train": TRAIN, "test": TEST},
+)

@@ -1,0 +1,36 @@
+"""Train a ViT (or take one), remove attention layers by entropy, and save what is left.
+
+    accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml
+    accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --num_layers 3 --seed 1
+    accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml \
+        --model_name_or_path facebook/deit-base-patch16-224 --dataset_dir path/to/images --output_dir outputs/mine
+    accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --resume_from_checkpoint true
+    accelerate launch --cpu --num_processes 2 trainer_scripts/train.py trainer_scripts/recipes/digits.yaml
+
+The recipe is read first; the command line wins. `--help` lists every field.
+"""
+
+import sys
+
+from lambda_vit_hf.arguments import (
+    DataArguments,
+    LambdaTrainingArguments,
+    ModelArguments,
+    RemovalArguments,
+    parse_arguments,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(
+        sys.argv[1:] if argv is None else argv,
+        [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments],
+    )
+    # Imported late: --help and a mistyped option answer at once.
+    from lambda_vit_hf.training import run_training
+
+    run_training(*arguments)
+
+
+if __name__ == "__main__":
+    main()
