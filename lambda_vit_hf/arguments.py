@@ -27,6 +27,7 @@ class ModelArguments:
     num_hidden_layers: int = field(default=12, metadata={"help": "New model: layers."})
     num_attention_heads: int = field(default=3, metadata={"help": "New model: attention heads."})
     intermediate_size: int = field(default=768, metadata={"help": "New model: width of the MLP."})
+    initializer_range: float = field(default=0.02, metadata={"help": "New model: spread of the initial weights."})
     base_num_train_epochs: float = field(default=10.0, metadata={"help": "New model: epochs before removal begins."})
     base_learning_rate: float = field(default=1e-3, metadata={"help": "New model: peak learning rate."})
 

@@ -54,15 +54,14 @@ class CalibrationBatches:
                 "The calibration set is read several times, but an iterator can be read only once."
                 " Pass the dataset or DataLoader itself, or a list."
             )
-        if isinstance(images, torch.Tensor):
-            images = images.split(batch_size)
-        elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and len(images):
-            if _pixel_values(images[0]).ndim == 3:
-                images = DataLoader(images, batch_size=batch_size, collate_fn=_stack_pixel_values)
-        self.batches = images
-        self.num_batches, self.num_images = 0, 0
         if hasattr(images, "__len__") and len(images) == 0:
             raise ValueError("The calibration set is empty: at least one image is needed.")
+        if isinstance(images, torch.Tensor):
+            images = images.split(batch_size)
+        elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and _pixel_values(images[0]).ndim == 3:
+            images = DataLoader(images, batch_size=batch_size, collate_fn=_stack_pixel_values)
+        self.batches = images
+        self.num_batches, self.num_images = 0, 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yields tensors `(batch, channels, height, width)`; afterwards `num_batches` and `num_images` are known."""

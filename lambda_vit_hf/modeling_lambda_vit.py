@@ -85,8 +85,8 @@ class LambdaViTLayer(ViTLayer):
     def __init__(self, config: LambdaViTConfig, layer_index: int):
         nn.Module.__init__(self)
         has_attention = config.attention_flags[layer_index]
-        self.attention = ViTAttention(config) if has_attention else None
-        self.layernorm_before = nn.LayerNorm(config.hidden_size) if has_attention else None
+        self.register_module("attention", ViTAttention(config) if has_attention else None)
+        self.register_module("layernorm_before", nn.LayerNorm(config.hidden_size) if has_attention else None)
         self.layernorm_after = nn.LayerNorm(config.hidden_size)
         self.mlp = ViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)

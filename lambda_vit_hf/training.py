@@ -137,7 +137,8 @@ def _load_model(model_args: ModelArguments, class_names: list[str], output_dir: 
             **drop_path,
         )
         return model, ViTImageProcessor.from_pretrained(source), False
-    shape = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    shape = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "initializer_range")  # fmt: skip
     config = LambdaViTConfig(**{name: getattr(model_args, name) for name in shape}, **labels, **drop_path)
     if model_args.attn_implementation:
         config._attn_implementation = model_args.attn_implementation

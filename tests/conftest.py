@@ -1,0 +1,59 @@
+"""Shared by all tests: offline, deterministic, small models whose weights are far from their initial values."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402 - after the environment is set
+import torch  # noqa: E402
+from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
+
+from lambda_vit_hf import LambdaViTForImageClassification  # noqa: E402
+
+
+TINY = dict(
+    image_size=16,
+    patch_size=4,
+    hidden_size=32,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=64,
+    num_labels=5,
+)
+
+
+def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.nn.Module:
+    """Moves every parameter, so that biases and LayerNorms count too: at their initial 0 and 1 an error would hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def vit() -> ViTForImageClassification:
+    """A tiny ViT of transformers with random weights."""
+    torch.manual_seed(0)
+    return perturb(ViTForImageClassification(ViTConfig(**TINY)))
+
+
+@pytest.fixture
+def vit_folder(vit, tmp_path):
+    """That ViT, saved as transformers saves it by default (key names of transformers 4)."""
+    vit.save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+@pytest.fixture
+def model(vit_folder) -> LambdaViTForImageClassification:
+    """That ViT as a LambdaViT, with all its attention."""
+    return LambdaViTForImageClassification.from_pretrained(vit_folder)
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """Three images `(3, 3, 16, 16)`."""
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))

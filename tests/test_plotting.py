@@ -1,0 +1,141 @@
+"""Pictures: that they are there, and that they show the numbers they are given."""
+
+import matplotlib
+import PIL.Image
+import pytest
+
+from lambda_vit_hf import plotting
+from lambda_vit_hf.plotting import plot_layer_entropies, plot_training
+from lambda_vit_hf.selection import AttentionSelection, SelectionStep
+
+
+LOG = [
+    {"step": 1, "lambda": 1.0, "loss": 2.3},
+    {"step": 2, "lambda": 0.5, "loss": 2.1},
+    {"step": 2, "lambda": 0.5, "eval_accuracy": 0.5},
+    {"step": 4, "lambda": 0.0, "eval_accuracy": 0.75},
+    {"step": 4, "train_runtime": 1.0},
+]
+
+
+@pytest.fixture
+def selection():
+    """NOSE picked layer 2, then layer 0, of four; layer 3 had no attention to begin with."""
+    return AttentionSelection(
+        order=[2, 0],
+        strategy="nose",
+        output="class_head",
+        mask="skip",
+        compare="magnitude",
+        num_images=32,
+        output_entropy=3.0,
+        attention_entropy=[1.0, 2.0, 3.0, None],
+        mlp_entropy=[4.0, 5.0, 6.0, 7.0],
+        steps=[
+            SelectionStep([], {0: 0.5, 1: 0.6, 2: -0.125}, 2),
+            SelectionStep([2], {0: 0.25, 1: 0.75}, 0),
+        ],
+    )
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn, kept open to look into."""
+    close, drawn = plotting.plt.close, []
+    monkeypatch.setattr(plotting.plt, "close", drawn.append)
+    yield drawn
+    close("all")
+
+
+def assert_is_a_picture(path, at_least=(600, 300)):
+    with PIL.Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width >= at_least[0] and image.height >= at_least[1], f"too small to read: {image.size}"
+        assert image.width <= 4000 and image.height <= 4000, f"too large for a model card: {image.size}"
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 10, "an empty picture"
+
+
+def line(axes, label):
+    found = [line for line in axes.get_lines() if line.get_label() == label]
+    assert len(found) == 1, f"{len(found)} lines are labelled {label!r}"
+    return found[0]
+
+
+def points(axes, label):
+    horizontal, vertical = line(axes, label).get_data()
+    return list(zip(horizontal, vertical, strict=True))
+
+
+def test_no_window_is_needed():
+    assert matplotlib.get_backend().lower() == "agg"
+
+
+def test_entropies_and_search_are_a_png(selection, tmp_path):
+    plot_layer_entropies(selection, str(tmp_path / "entropy.png"))
+    assert_is_a_picture(tmp_path / "entropy.png")
+
+
+def test_training_is_a_png(tmp_path):
+    plot_training(LOG, tmp_path / "training.png", base_accuracy=0.8)
+    assert_is_a_picture(tmp_path / "training.png")
+
+
+def test_figures_are_closed(selection, tmp_path):
+    plot_layer_entropies(selection, tmp_path / "entropy.png")
+    plot_training(LOG, tmp_path / "training.png")
+    assert plotting.plt.get_fignums() == [], "open figures pile up in a long process"
+
+
+def test_entropies_are_drawn_by_layer_with_the_removed_ones_marked(selection, figures, tmp_path):
+    plot_layer_entropies(selection, tmp_path / "entropy.png")
+    entropies = figures[0].axes[0]
+    assert points(entropies, "attention output") == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    assert points(entropies, "MLP output") == [(0, 4.0), (1, 5.0), (2, 6.0), (3, 7.0)]
+    marked = [patch.get_x() + patch.get_width() / 2 for patch in entropies.patches]
+    assert sorted(marked) == pytest.approx([0, 2])
+    assert [text.get_text() for text in entropies.get_legend().get_texts()].count("attention removed") == 1
+
+
+def test_the_search_is_drawn_in_the_order_of_picking(selection, figures, tmp_path):
+    plot_layer_entropies(selection, tmp_path / "entropy.png")
+    picks = figures[0].axes[1]
+    assert [bar.get_height() for bar in picks.patches] == [-0.125, 0.25]
+    assert [label.get_text() for label in picks.get_xticklabels()] == ["+2", "+0"]
+    assert "nose" in picks.get_title()
+
+
+def test_axes_have_units(selection, figures, tmp_path):
+    plot_layer_entropies(selection, tmp_path / "entropy.png")
+    plot_training(LOG, tmp_path / "training.png")
+    labels = [axes.get_ylabel() for figure in figures for axes in figure.axes]
+    assert ["nats" in labels[0], "nats" in labels[1], "lambda" in labels[2], "%" in labels[3]] == [True] * 4, labels
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["given layers", "measured without a search"])
+def test_a_selection_without_a_search_is_drawn_too(selection, tmp_path, measured):
+    entropies = dict(attention_entropy=[1.0, 2.0], mlp_entropy=[1.0, 2.0], num_images=8) if measured else {}
+    plot_layer_entropies(
+        AttentionSelection([1], "given", "none", "skip", "magnitude", **entropies), tmp_path / "entropy.png"
+    )
+    assert_is_a_picture(tmp_path / "entropy.png")
+
+
+def test_lambda_and_accuracy_are_drawn_over_steps(figures, tmp_path):
+    plot_training(LOG, tmp_path / "training.png", base_accuracy=0.8)
+    left, right = figures[0].axes
+    assert points(left, "lambda") == [(1, 1.0), (2, 0.5), (4, 0.0)]
+    assert points(right, "top-1") == [(2, 50.0), (4, 75.0)]
+    assert set(line(right, "top-1 before").get_ydata()) == {80.0}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["lambda", "top-1", "top-1 before"]
+
+
+@pytest.mark.parametrize(
+    "log",
+    [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "lambda": 1.0}], [{"step": 1, "eval_accuracy": 0.5}]],
+    ids=["empty", "loss only", "lambda only", "accuracy only"],
+)
+def test_what_was_not_logged_is_not_drawn(log, figures, tmp_path):
+    plot_training(log, tmp_path / "training.png")
+    assert_is_a_picture(tmp_path / "training.png")
+    logged = {"lambda" if "lambda" in entry else "top-1" for entry in log if "loss" not in entry}
+    assert {line.get_label() for axes in figures[0].axes for line in axes.get_lines()} == logged
