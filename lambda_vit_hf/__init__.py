@@ -22,9 +22,7 @@ AutoConfig.register(LambdaViTConfig.model_type, LambdaViTConfig, exist_ok=True)
 AutoModel.register(LambdaViTConfig, LambdaViTModel, exist_ok=True)
 AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
-AutoImageProcessor.register(
-    LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True
-)
+AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
 __all__ = [
     "AttentionSelection",

@@ -36,7 +36,7 @@ class ModelArguments:
 class DataArguments:
     """Which images."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (ships with scikit-learn)."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (of scikit-learn)."})
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder with parquet files, or with one image folder per class."}
     )
@@ -47,7 +47,7 @@ class DataArguments:
 class RemovalArguments:
     """Which attention layers go, and how."""
 
-    removal_ratio: float | None = field(default=None, metadata={"help": "Fraction of the attention layers, in [0, 1]."})
+    removal_ratio: float | None = field(default=None, metadata={"help": "Fraction of attention layers, in [0, 1]."})
     num_layers: int | None = field(default=None, metadata={"help": "Number of attention layers to remove."})
     layers: list[int] | None = field(default=None, metadata={"help": "The layers to remove, 0-based."})
     strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, first, last or random."})

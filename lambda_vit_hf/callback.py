@@ -111,17 +111,17 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if self._is_done(model):
-            logger.info("Attention layers %s were removed by an earlier call; nothing to dilute.", self.selection.layers)
+            logger.info("Attention layers %s were removed before; nothing to dilute.", self.selection.layers)
             return
         self._check_model(model)
         dilution = self._dilution_schedule(args, state, train_dataloader)
         if state.global_step > 0:
             self._continue_from_checkpoint(state, dilution, model)
         else:
-            self.selection = self._select(model, train_dataloader)
+            self.selection = self._select(model, train_dataloader, args.seed)
         self.dilution = dilution
         self._forget_best_while_diluting(model, state)
-        logger.info("Removing the attention of layers %s, by step %d.", self.selection.layers, dilution.first_zero_step)
+        logger.info("Attention layers %s fade until step %d.", self.selection.layers, dilution.first_zero_step)
         self._set_lambda(model, state.global_step)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -173,7 +173,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     def _check_model(self, model) -> None:
         if not isinstance(model, LambdaViTPreTrainedModel):
             raise ValueError(
-                f"EntropyGuidedRemovalCallback needs a LambdaViT model, got {type(model).__name__}. Load the checkpoint"
+                f"EntropyGuidedRemovalCallback needs a LambdaViT model, got {type(model).__name__}. Load it"
                 " with `LambdaViTForImageClassification.from_pretrained`."
             )
         kept = model.config.kept_layers
@@ -200,7 +200,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         run = saved.get("attributes", {}).get("checkpointed_run", {})
         if not run.get("selection"):
-            raise ValueError("The checkpoint was written without EntropyGuidedRemovalCallback: start a new run from it.")
+            raise ValueError("The checkpoint was written without EntropyGuidedRemovalCallback; start anew from it.")
         if dataclasses.asdict(dilution) != run["dilution"]:
             raise ValueError(
                 "This run's lambda schedule differs from the checkpoint's; lambda would jump."
@@ -216,7 +216,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 f" is {restored}. Its weights do not fit this model."
             )
 
-    def _select(self, model, train_dataloader) -> AttentionSelection:
+    def _select(self, model, train_dataloader, seed: int) -> AttentionSelection:
         if self.layers is not None:
             return AttentionSelection(list(self.layers), "given", self.output or "none", self.mask, self.compare)
         with fixed_randomness(0):
@@ -229,6 +229,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 output=self.output,
                 mask=self.mask,
                 compare=self.compare,
+                seed=seed,
             )
 
     def _calibration_images(self, train_dataloader):
@@ -239,7 +240,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 raise ValueError("A streamed training set cannot be sampled: pass `calibration_dataset`.")
             images = Subset(dataset, evenly_spaced(len(dataset), self.calibration_size))
             return _SameEveryPass(DataLoader(images, batch_size=64, collate_fn=train_dataloader.collate_fn))
-        if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not isinstance(images, (list, torch.Tensor)):
+        is_dataset = hasattr(images, "__getitem__") and hasattr(images, "__len__")
+        if is_dataset and not isinstance(images, (list, torch.Tensor)):
             return Subset(images, evenly_spaced(len(images), self.calibration_size))
         return images
 

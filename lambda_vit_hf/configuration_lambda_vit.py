@@ -117,6 +117,12 @@ class LambdaViTConfig(ViTConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == ViTConfig.model_type:
             config_dict = {**config_dict, "model_type": cls.model_type}
+        elif model_type == "deit":
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a DeiT with a distillation token (`deit`), which every attention"
+                " layer mixes in; LambdaViT has only the class token. Take the checkpoint trained without it, such as"
+                " facebook/deit-base-patch16-224 (`vit`)."
+            )
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a `{model_type}` checkpoint; LambdaViT reads"
@@ -124,5 +130,8 @@ class LambdaViTConfig(ViTConfig):
             )
         return config_dict, kwargs
 
+
+# Saved models carry this file, so that they also load where the package is not installed (`trust_remote_code=True`).
+LambdaViTConfig.register_for_auto_class()
 
 __all__ = ["LambdaViTConfig"]

@@ -62,8 +62,8 @@ def convert_checkpoint(
 
     Args:
         path (`str` or `Path`):
-            A `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` (timm's `.pth.tar`) file: a table of tensors, bare or under a top key `model`, `net`,
-            `state_dict`, `model_ema` or `state_dict_ema`; names with or without the prefix `module.`.
+            A `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file: a table of tensors, bare or under a top key
+            `model`, `net`, `state_dict`, `model_ema` or `state_dict_ema`; names may have the prefix `module.`.
         layers_removed (`list[int]`, *optional*):
             0-based layers whose attention, still in the file, becomes the identity, as in the paper at lambda = 0.
             Defaults to what the name of one of the authors' files says (`base_01346.pth`: layers 0, 1, 3, 4 and 6),
@@ -108,7 +108,7 @@ def convert_checkpoint(
     tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid)
     num_labels = 0 if drop_head else tensors["head.bias"].numel()
     if id2label is not None and set(id2label) != set(range(num_labels)):
-        raise ValueError(f"`id2label` must name each class from 0 to {num_labels - 1} of {path}, got {id2label}.")
+        raise ValueError(f"`id2label` must map 0, 1, ... to {num_labels} class names ({path}): {str(id2label)[:99]}.")
     id2label = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
     config = LambdaViTConfig(
         hidden_size=hidden_size,
@@ -236,7 +236,7 @@ def _names_in_model(tensors: dict, path: Path, has_head: bool) -> dict[str, list
 def _check_tensors(tensors: dict, path: Path) -> None:
     for name, value in tensors.items():
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-        if not (dense and value.is_floating_point() and value.numel() and value.isfinite().all()):
+        if not (dense and value.is_floating_point() and value.numel() and value.float().isfinite().all()):
             raise ValueError(f"{name} in {path} must be a dense floating-point tensor, not empty, without NaN or inf.")
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
         if tensors[name].ndim != axes:
@@ -267,8 +267,8 @@ def _num_heads(width: int, wanted: int | None, path: Path) -> int:
         return width // 64
     if type(wanted) is not int or wanted < 1 or width % wanted:
         raise ValueError(
-            f"`num_attention_heads` must divide the width {width} of {path}, got {wanted!r}. The file does not tell it,"
-            f" and width / 64 is sure only for multiples of 64 up to {_WIDEST_WITH_64_PER_HEAD} (ViT-H has 16)."
+            f"`num_attention_heads` must divide the width {width} of {path}, got {wanted!r}. The file does not tell"
+            f" it, and width / 64 is sure only for multiples of 64 up to {_WIDEST_WITH_64_PER_HEAD} (ViT-H has 16)."
         )
     return wanted
 

@@ -1,5 +1,6 @@
 """Image datasets as `datasets` gives them, and as the Trainer takes them: decoded, augmented, processed."""
 
+import io
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,9 +76,7 @@ def _load_directory(directory: Path) -> datasets.DatasetDict:
 def _check_folder_classes(directory: Path) -> None:
     # imagefolder merges the classes of all splits, which shifts the labels of one split by another's folders.
     splits = {path.name: path for path in directory.iterdir() if path.name in ("train", "validation", "val", "test")}
-    classes = {
-        name: sorted(entry.name for entry in path.iterdir() if entry.is_dir()) for name, path in splits.items()
-    }
+    classes = {name: sorted(entry.name for entry in path.iterdir() if entry.is_dir()) for name, path in splits.items()}
     for name, found in classes.items():
         if found != classes.get("train", found):
             only = sorted(set(found) ^ set(classes["train"]))
@@ -130,7 +129,7 @@ def check_images(dataset: datasets.Dataset, limit: int = 50_000) -> None:
     for index in evenly_spaced(len(undecoded), limit):
         item = undecoded[index]["image"]
         try:
-            source = item["path"] if item["bytes"] is None else _BytesFile(item["bytes"])
+            source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
             with PIL.Image.open(source):
                 pass
         except (OSError, TypeError, AttributeError, PIL.Image.DecompressionBombError) as error:
@@ -138,17 +137,13 @@ def check_images(dataset: datasets.Dataset, limit: int = 50_000) -> None:
             broken.append(f"{name} ({type(error).__name__})")
     if broken:
         shown = ", ".join(broken[:5])
-        raise ValueError(f"{len(broken)} of the dataset's files are not readable images: {shown}. Remove or replace them.")
+        raise ValueError(
+            f"{len(broken)} files of the dataset are no readable images: {shown}. Remove or replace them."
+        )
     num_classes = dataset.features["label"].num_classes
     bad_labels = [label for label in dataset.unique("label") if label is None or not 0 <= label < num_classes]
     if bad_labels:
         raise ValueError(f"Labels {bad_labels[:5]} lie outside the {num_classes} classes of the `label` column.")
-
-
-def _BytesFile(data: bytes):  # noqa: N802 - reads as what it returns
-    import io
-
-    return io.BytesIO(data)
 
 
 class ProcessedImages(Dataset):
@@ -181,7 +176,8 @@ class ProcessedImages(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         rows = self.dataset[indices]
-        images = [self._augment(image.convert("RGB"), index) for image, index in zip(rows["image"], indices, strict=True)]
+        pairs = zip(rows["image"], indices, strict=True)
+        images = [self._augment(image.convert("RGB"), index) for image, index in pairs]
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return [
             {"pixel_values": image, "labels": label} for image, label in zip(pixel_values, rows["label"], strict=True)

@@ -2,7 +2,7 @@
 
 A schedule maps progress in [0, 1], the share of the dilution phase that has passed, to lambda: 1 at 0, exactly 0 at 1,
 never rising. The phase covers the first part of training; the pruned network trains on for the rest.
-Source: Lin et al., CVPR 2024, section 3.3; the authors' code uses lambda(epoch) = max(0, 1 - epoch / 299) in 400 epochs.
+Source: Lin et al., CVPR 2024, section 3.3; the authors' code: lambda(epoch) = max(0, 1 - epoch / 299), 400 epochs.
 """
 
 import math

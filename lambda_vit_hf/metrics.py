@@ -35,7 +35,7 @@ class TopKAccuracy(evaluate.Metric):
 
 
 def classification_metrics(prediction) -> dict[str, float]:
-    """`compute_metrics` for the Trainer: top-1 as `accuracy`, and `top5_accuracy` where there are over five classes."""
+    """`compute_metrics` for the Trainer: top-1 as `accuracy`; `top5_accuracy` where there are over five classes."""
     metric = TopKAccuracy()
     scores, labels = prediction.predictions, prediction.label_ids
     results = {"accuracy": metric.compute(predictions=scores, references=labels)["accuracy"]}

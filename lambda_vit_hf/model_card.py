@@ -52,12 +52,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def _selection_text(selection: AttentionSelection) -> str:
     removed = f"Removed: the attention of layers {selection.layers} (0-based) of {len(selection.mlp_entropy)}."
     if not selection.steps:
-        return f"Removed: the attention of layers {selection.layers} (0-based). The layers were `{selection.strategy}`."
+        return (
+            f"Removed: the attention of layers {selection.layers} (0-based). The layers were `{selection.strategy}`."
+        )
     path = ", ".join(f"{step.picked} ({step.transfer_entropy[step.picked]:+.3f})" for step in selection.steps)
     return (
         f"{removed} Chosen by `{selection.strategy}` on {selection.num_images} images: at each step the layer whose"
         f" removal changes the entropy of the {selection.output.replace('_', ' ')} least ({selection.mask} mask,"
-        f" compared by {selection.compare}). In the order picked, with the transfer entropy of the set in nats: {path}."
+        f" compared by {selection.compare}). In the order picked, with the set's transfer entropy in nats: {path}."
     )
 
 

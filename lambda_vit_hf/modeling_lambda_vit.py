@@ -319,6 +319,9 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
                 f"`config.attention_flags` is {self.config.attention_flags}, but attention exists in {flags}."
                 " Use `remove_attention` instead of editing the config."
             )
+        module = type(self).__module__.rsplit(".", 1)[-1]
+        # All doors, whichever class is saved: transformers would name this class alone.
+        self.config.auto_map = {name: f"{module}.{kind.__name__}" for name, kind in _AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
@@ -384,6 +387,15 @@ class LambdaViTForMaskedImageModeling(LambdaViTPreTrainedModel, ViTForMaskedImag
         )
         self.post_init()
 
+
+# Saved models carry this file and the two it imports, so that they load where the package is not installed.
+_AUTO_CLASSES = {
+    "AutoModel": LambdaViTModel,
+    "AutoModelForImageClassification": LambdaViTForImageClassification,
+    "AutoModelForMaskedImageModeling": LambdaViTForMaskedImageModeling,
+}
+for _auto_class, _model_class in _AUTO_CLASSES.items():
+    _model_class.register_for_auto_class(_auto_class)
 
 __all__ = [
     "LambdaViTForImageClassification",

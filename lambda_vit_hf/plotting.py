@@ -7,10 +7,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
-from .selection import AttentionSelection  # noqa: E402
+from .selection import AttentionSelection
 
 
 ATTENTION, MLP, REMOVED = "#3366aa", "#dd8833", "#cc3344"
@@ -64,8 +64,8 @@ def plot_training(log_history: list[dict], path: str | Path, base_accuracy: floa
     if base_accuracy is not None:
         right.axhline(100 * base_accuracy, color="gray", ls=":", label="top-1 before")
     right.set_ylabel("validation top-1 (%)")
-    handles, labels = (sum(parts, []) for parts in zip(*(a.get_legend_handles_labels() for a in (left, right))))
-    left.legend(handles, labels, loc="lower center")
+    handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
+    left.legend(handles=handles, loc="lower center")
     left.set_title("Attention fades out; accuracy follows")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -78,9 +78,7 @@ class AttentionSelection:
         """Inverse of [`~AttentionSelection.to_dict`]."""
         values = {name: value for name, value in values.items() if name != "layers"}
         steps = [
-            SelectionStep(
-                step["selected"], {int(k): v for k, v in step["transfer_entropy"].items()}, step["picked"]
-            )
+            SelectionStep(step["selected"], {int(k): v for k, v in step["transfer_entropy"].items()}, step["picked"])
             for step in values.pop("steps")
         ]
         return cls(**values, steps=steps)
@@ -282,7 +280,7 @@ def select_attention_layers(
         mask (`str`, *optional*, defaults to `"skip"`):
             A masked layer passes its input on (`"skip"`, the authors'), or doubles it (`"identity"`, as it will be
             after dilution).
-        compare (`str`, *optional*, defaults to `"magnitude"`): compare transfer entropies by `"magnitude"` or `"value"`.
+        compare (`str`, *optional*, defaults to `"magnitude"`): transfer entropy by `"magnitude"` or `"value"`.
         batch_size (`int`, *optional*, defaults to 64): images per batch where `calibration` is not batched.
         seed (`int`, *optional*, defaults to 0): for `"random"`.
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
@@ -297,7 +295,8 @@ def select_attention_layers(
         raise ValueError(f"Expected a LambdaViT model, got {type(model).__name__}: load it with LambdaViT's classes.")
     has_head = hasattr(model, "classifier")
     output = output or ("class_head" if has_head else "class_token")
-    for name, value, allowed in (("output", output, OUTPUTS), ("mask", mask, MASKS), ("compare", compare, COMPARISONS)):
+    options = (("output", output, OUTPUTS), ("mask", mask, MASKS), ("compare", compare, COMPARISONS))
+    for name, value, allowed in options:
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
     if output == "class_head" and not has_head:

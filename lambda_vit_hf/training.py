@@ -1,32 +1,35 @@
 """The main job: base model, selection, dilution, removal, evaluation, and everything that is kept of it."""
 
 import copy
-import json
 import logging
 import shutil
 from pathlib import Path
 
-import torch
-import transformers
 from accelerate import PartialState
 from transformers import Trainer, ViTImageProcessor, set_seed
 
-from .accounting import count_macs, count_parameters, summarize
 from .arguments import DataArguments, LambdaTrainingArguments, ModelArguments, RemovalArguments
-from .benchmarking import describe_environment, images_per_second
 from .callback import EntropyGuidedRemovalCallback, StopOnNonFiniteGradient
 from .checkpoints import find_resumable_checkpoint, what_is_broken
 from .configuration_lambda_vit import LambdaViTConfig
 from .data import ProcessedImages, check_images, collate, load_image_dataset, random_shift
 from .metrics import classification_metrics
-from .model_card import ModelCardFacts, write_model_card
 from .modeling_lambda_vit import LambdaViTForImageClassification
-from .plotting import plot_layer_entropies, plot_training
+from .reporting import classify_one, write_report
 
 
 logger = logging.getLogger(__name__)
 
 BASE_FOLDER = "base"
+_SHAPE = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "initializer_range",
+)
 
 
 def run_training(
@@ -53,13 +56,15 @@ def run_training(
         dataset = load_image_dataset(data_args.dataset_name, data_args.dataset_dir)
         for split in dataset.values():
             check_images(split)
-    model, processor, is_new = _load_model(model_args, dataset["train"].features["label"].names, output_dir, checkpoint)
+    class_names = dataset["train"].features["label"].names
+    model, processor, is_new = _load_model(model_args, class_names, output_dir, checkpoint)
     train_images = ProcessedImages(dataset["train"], processor, _augmentation(data_args, model), training_args.seed)
     eval_images = ProcessedImages(dataset["validation"], processor)
     removal = EntropyGuidedRemovalCallback(
-        **{name: value for name, value in vars(removal_args).items()},
+        **vars(removal_args),
         calibration_dataset=ProcessedImages(dataset["train"], processor),
     )
+    training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
     common = dict(
         train_dataset=train_images,
         eval_dataset=eval_images,
@@ -78,8 +83,16 @@ def run_training(
     trainer.save_model()
     metrics = {}
     if trainer.is_world_process_zero():
-        metrics = _report(output_dir, trainer, base, removal, base_accuracy, accuracy, model_args, data_args)
-        _classify_one(output_dir, dataset["validation"])
+        metrics = write_report(
+            trainer,
+            base,
+            removal.selection,
+            base_accuracy,
+            accuracy,
+            data_args.dataset_name,
+            model_args.model_name_or_path,
+        )
+        classify_one(output_dir, dataset["validation"])
     PartialState().wait_for_everyone()
     return metrics
 
@@ -137,9 +150,7 @@ def _load_model(model_args: ModelArguments, class_names: list[str], output_dir: 
             **drop_path,
         )
         return model, ViTImageProcessor.from_pretrained(source), False
-    shape = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-             "initializer_range")  # fmt: skip
-    config = LambdaViTConfig(**{name: getattr(model_args, name) for name in shape}, **labels, **drop_path)
+    config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **drop_path)
     if model_args.attn_implementation:
         config._attn_implementation = model_args.attn_implementation
     processor = ViTImageProcessor(size={"height": model_args.image_size, "width": model_args.image_size})
@@ -151,14 +162,10 @@ def _augmentation(data_args: DataArguments, model):
 
 
 def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> Trainer:
-    trainer = Trainer(model=model, args=args, **common)
+    trainer = Trainer(model=model, args=args, callbacks=callbacks, **common)
     # In front of the trackers that the Trainer adds itself, so that they see lambda in the logs.
-    for callback in reversed(callbacks):
-        trainer.add_callback(callback)
-        trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())
-    removal = callbacks[0]
-    if isinstance(removal, EntropyGuidedRemovalCallback):
-        removal.on_init_end(args, trainer.state, trainer.control, model=model)
+    rest = [callback for callback in trainer.callback_handler.callbacks if callback not in callbacks]
+    trainer.callback_handler.callbacks = [*callbacks, *rest]
     return trainer
 
 
@@ -172,88 +179,3 @@ def _train_base(model, model_args: ModelArguments, training_args: LambdaTraining
     trainer.train()
     trainer.save_model()
     PartialState().wait_for_everyone()
-
-
-def _report(output_dir: Path, trainer, base, removal, base_accuracy, accuracy, model_args, data_args) -> dict:
-    model, selection = trainer.model, removal.selection
-    size = trainer.model.config.image_size
-    pixel_values = torch.randn(64, model.config.num_channels, size, size, device=model.device)
-    speed = images_per_second({"before": base.to(model.device), "after": model}, pixel_values)
-    base_dir = output_dir / "base_for_size"
-    base.save_pretrained(base_dir)
-    sizes = {"before": (base_dir / "model.safetensors").stat().st_size}
-    shutil.rmtree(base_dir)
-    sizes["after"] = (output_dir / "model.safetensors").stat().st_size
-    metrics = {
-        name: {
-            "top1": top1,
-            "parameters": count_parameters(one),
-            "macs": count_macs(one.config),
-            "file_bytes": sizes[name],
-            "images_per_second": speed[name],
-        }
-        for name, one, top1 in (("before", base, base_accuracy), ("after", model, accuracy))
-    }
-    metrics |= {"layers": selection.layers, "environment": describe_environment()}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    selection.save(output_dir / "selection.json")
-    pictures = {"training": "training.png"}
-    plot_training(trainer.state.log_history, output_dir / "training.png", base_accuracy)
-    if selection.mlp_entropy:
-        pictures["entropy"] = "entropy.png"
-        plot_layer_entropies(selection, output_dir / "entropy.png")
-    rows = comparison_rows(metrics)
-    write_model_card(output_dir, _card_facts(output_dir, trainer.args, rows, metrics, selection, pictures, model_args,
-                                             data_args))  # fmt: skip
-    print("\n" + summarize(model) + "\n")
-    print(_text_table(rows))
-    print(f"attention removed in layers {selection.layers} of {model.config.num_hidden_layers}, chosen by {selection.strategy}")
-    return metrics
-
-
-def comparison_rows(metrics: dict) -> dict[str, tuple[str, str]]:
-    """Rows of the before / after table, as printed, from the contents of `metrics.json`."""
-
-    def row(name, form):
-        return tuple(form(metrics[when][name]) for when in ("before", "after"))
-
-    return {
-        "top-1": row("top1", lambda value: f"{100 * value:.2f} %"),
-        "parameters": row("parameters", lambda value: f"{value:,}"),
-        "MACs per image": row("macs", lambda value: f"{value / 1e6:,.2f} M"),
-        "file size": row("file_bytes", lambda value: f"{value / 1e6:.3f} MB"),
-        "images/s (median)": row("images_per_second", lambda value: f"{value:,.0f}"),
-    }
-
-
-def _text_table(rows: dict[str, tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<20}{before:>16}{after:>16}" for name, (before, after) in {"": ("before", "after"), **rows}.items())
-
-
-def _card_facts(output_dir, args, rows, metrics, selection, pictures, model_args, data_args) -> ModelCardFacts:
-    environment = metrics["environment"]
-    return ModelCardFacts(
-        name=output_dir.resolve().name,
-        rows=rows,
-        selection=selection,
-        training={
-            "epochs": str(args.num_train_epochs),
-            "global batch size": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
-            "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-            "learning rate schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "seed": str(args.seed),
-            "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
-            "hardware": environment["hardware"],
-        },
-        dataset=data_args.dataset_name,
-        accuracy=metrics["after"]["top1"],
-        measured_on=f"{environment['hardware']}, float32, batch 64, {environment['date']}",
-        base_model=model_args.model_name_or_path,
-        pictures=pictures,
-    )
-
-
-def _classify_one(output_dir: Path, validation) -> None:
-    image, label = validation[0]["image"], validation.features["label"].names[validation[0]["label"]]
-    answer = transformers.pipeline("image-classification", model=str(output_dir))(image.convert("RGB"))[0]
-    print(f'pipeline("image-classification", model="{output_dir}"): {answer["label"]} ({answer["score"]:.3f}); truth: {label}')

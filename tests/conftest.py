@@ -6,11 +6,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402 - after the environment is set
-import torch  # noqa: E402
-from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
 
-from lambda_vit_hf import LambdaViTForImageClassification  # noqa: E402
+from lambda_vit_hf import LambdaViTForImageClassification
 
 
 TINY = dict(

@@ -18,23 +18,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class Fault:
-    """
-    What goes wrong with the next `times` requests whose method and path (with query) match.
-
-    Attributes:
-        status: answer with this error status instead of doing the work; `message` is its body.
-        cut: drop the connection when half of the request's body has been read.
-        after_commit: do the work, then drop the connection instead of answering.
-    """
+    """What goes wrong with the next `times` requests whose method and path (with query) match."""
 
     method: str
     path_regex: str
-    status: int | None = None
+    status: int | None = None  # answer this, with `headers` and `message`, and do nothing
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "fault on demand"
     times: int = 1
-    cut: bool = False
-    after_commit: bool = False
+    cut: bool = False  # drop the connection when half of the request's body has been read
+    after_commit: bool = False  # do the work, then drop the connection instead of answering
 
 
 TOKEN = "hf_test0123456789abcdefghijklmnopqrst"
@@ -83,7 +76,7 @@ class Repo:
         for commit in (commit for history in self.branches.values() for commit in history):
             if commit.oid == revision:
                 return commit
-        raise _not_found(f"Invalid rev id: {revision}", "RevisionNotFound")
+        raise HubError(404, f"Invalid rev id: {revision}", {"X-Error-Code": "RevisionNotFound"})
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.data for path, blob in self.find(revision).files.items()}
@@ -93,10 +86,6 @@ class HubError(Exception):
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None, **body):
         super().__init__(message)
         self.answer = status, {"error": message, **body}, {"X-Error-Message": message, **(headers or {})}
-
-
-def _not_found(message: str, code: str, **headers) -> HubError:
-    return HubError(404, message, {"X-Error-Code": code, **headers})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -136,8 +125,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
-
     def _drop(self):
         # Linger 0 and shutdown: the client sees the end at once, as when a proxy or a router gives up.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -159,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             # Upload links are signed: whoever has one needs no token.
             hidden = self.repo is None or (self.repo.private and self.user is None and name != "lfs_put")
             if self.repo_id and hidden:
-                raise _not_found("Repository not found", "RepoNotFound")
+                raise HubError(404, "Repository not found", {"X-Error-Code": "RepoNotFound"})
             self.create_pr = parse_qs(parts.query).get("create_pr") == ["1"]
             return getattr(self, name)(**arguments)
         raise HubError(404, f"No such path here: {self.command} {parts.path}")
@@ -175,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if self.command == "DELETE":
             if self.hub.repos.pop(repo_id, None) is None:
-                raise _not_found("Repository not found", "RepoNotFound")
+                raise HubError(404, "Repository not found", {"X-Error-Code": "RepoNotFound"})
         elif repo_id in self.hub.repos:
             raise HubError(409, "You already created this model repo", **answer)
         else:
@@ -188,10 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, revision):
         stored, files = self.repo.find(revision).files, []
         for file in json.loads(self.body)["files"]:
-            is_lfs = bool(LFS_FILE.match(file["path"])) and file["size"] > LFS_MINIMUM_BYTES
-            oid = stored[file["path"]].oid if file["path"] in stored else None
-            mode = "lfs" if is_lfs else "regular"
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            path = file["path"]
+            mode = "lfs" if LFS_FILE.match(path) and file["size"] > LFS_MINIMUM_BYTES else "regular"
+            oid = stored[path].oid if path in stored else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {"files": files}
 
     def lfs_batch(self):
@@ -236,10 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.create_pr:
             number = 1 + sum(name.startswith("refs/pr/") for name in self.repo.branches)
             self.repo.branches[f"refs/pr/{number}"] = list(self.repo.branches[revision])
-            revision, answer = (
-                f"refs/pr/{number}",
-                {"pullRequestUrl": f"{self.hub.url}/{self.repo_id}/discussions/{number}"},
-            )
+            revision = f"refs/pr/{number}"
+            answer = {"pullRequestUrl": f"{self.hub.url}/{self.repo_id}/discussions/{number}"}
         elif revision not in self.repo.branches:
             raise HubError(400, f"{revision} is not a branch")
         oid = self.repo.add_commit(revision, header["summary"], files).oid
@@ -268,7 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, revision, path):
         commit = self.repo.find(revision)
         if path not in commit.files:
-            raise _not_found("Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
+            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid}
+            raise HubError(404, "Entry not found", missing)
         blob = commit.files[path]
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         if blob.is_lfs:
@@ -280,6 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
         return 206, blob.data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(blob.data)}"}
 
 
+for _method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+    setattr(_Handler, f"do_{_method}", _Handler._serve)
 _ID, _REVISION = r"(?P<id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 _ROUTES = [  # methods, path, method of _Handler, whether a token is needed
     ("GET", r"/api/whoami-v2", "whoami", True),
@@ -299,20 +287,13 @@ _ROUTES = [  # methods, path, method of _Handler, whether a token is needed
 
 
 class HubServer:
-    """
-    The server, running in threads while in a `with` block.
-
-    Attributes:
-        url: the endpoint, for `HF_ENDPOINT`. `repos`: [`Repo`] by id.
-        tokens: token to user, `{"name": ..., "role": "write" or "read"}`.
-        faults: list of [`Fault`]; the first one that matches is used. `requests`: (method, path), in order.
-    """
+    """The server, in threads, while in a `with` block. `url` is for `HF_ENDPOINT`."""
 
     def __init__(self):
-        self.repos: dict[str, Repo] = {}
-        self.tokens = {TOKEN: {"name": "tester", "role": "write"}}
-        self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str]] = []
+        self.repos: dict[str, Repo] = {}  # by id
+        self.tokens = {TOKEN: {"name": "tester", "role": "write"}}  # or "read"
+        self.faults: list[Fault] = []  # the first that matches is used
+        self.requests: list[tuple[str, str]] = []  # method and path, in order
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True

@@ -9,17 +9,6 @@ from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, Lamb
 from lambda_vit_hf.accounting import count_macs, count_parameters, summarize
 
 
-SMALL = dict(
-    image_size=12,
-    patch_size=4,
-    hidden_size=16,
-    num_hidden_layers=5,
-    num_attention_heads=2,
-    intermediate_size=24,
-    num_labels=7,
-)
-
-
 def vit_base(removed: tuple[int, ...] = ()) -> LambdaViTForImageClassification:
     """ViT-B/16 for ImageNet, without memory for its weights."""
     flags = [index not in removed for index in range(12)]
@@ -49,6 +38,17 @@ def macs_while_running(model) -> int:
     _, tokens, hidden = embedded["shape"]
     # softmax(Q K^T) V: two products of (tokens, head width) with (tokens, tokens), over heads of hidden / heads each.
     return counted + len(model.config.kept_layers) * 2 * tokens * tokens * hidden
+
+
+SMALL = {
+    "image_size": 12,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_labels": 7,
+}
 
 
 def test_vit_base_costs_what_the_literature_says():
@@ -146,5 +146,6 @@ def test_the_summary_counts_folded_layers_as_removed(model):
 
 
 def test_the_summary_of_a_headless_model_counts_no_head():
-    model = LambdaViTModel(LambdaViTConfig(**SMALL))
+    # So many classes that counting their head would show.
+    model = LambdaViTModel(LambdaViTConfig(**{**SMALL, "num_labels": 1000}))
     assert f"{count_macs(model.config, num_labels=0) / 1e9:.4g} GMACs" in summarize(model)

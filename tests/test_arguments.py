@@ -15,9 +15,6 @@ from lambda_vit_hf.arguments import (
 )
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "trainer_scripts" / "recipes").glob("*.yaml"))
-
-
 @pytest.fixture
 def recipe(tmp_path):
     """Writes a recipe and returns its path as the command line has it."""
@@ -90,7 +87,7 @@ def test_lists_and_nothing_can_stand_in_a_recipe(recipe):
         (["--removal_rat", "0.5"], (0.5, None, None)),
         ([], (None, 6, None)),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_another_way_to_name_the_layers_replaces_the_recipes(recipe, argv, expected):
     # The callback takes exactly one of the three; argparse also takes dashes and unique beginnings.
@@ -104,7 +101,7 @@ def test_a_dataset_folder_replaces_the_recipes_dataset(recipe):
 
 
 def test_an_unknown_field_of_a_recipe_is_named(recipe):
-    with pytest.raises(ValueError, match="num_layer'.*ratoi"):
+    with pytest.raises(ValueError, match=r"num_layer'.*ratoi"):
         removal(recipe("num_layer: 3\nratoi: 0.4\nstrategy: nose\n"))
 
 
@@ -114,7 +111,7 @@ def test_an_unknown_option_is_named():
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no-such\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"recipe .*no-such\.yaml does not exist"):
         removal(str(tmp_path / "no-such.yaml"))
 
 
@@ -156,6 +153,9 @@ def test_help_lists_every_field(capsys):
     shown = capsys.readouterr().out
     names = [name for kind in (ModelArguments, DataArguments, RemovalArguments) for name in kind.__dataclass_fields__]
     assert [name for name in names if f"--{name}" not in shown] == []
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "trainer_scripts" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -12,9 +12,6 @@ from lambda_vit_hf import benchmarking
 from lambda_vit_hf.benchmarking import describe_environment, images_per_second
 
 
-BATCH = torch.zeros(4, 3, 8, 8)
-
-
 class Scripted(nn.Module):
     """Takes the scripted seconds on a clock that stands still otherwise, and writes its name into a shared diary."""
 
@@ -32,6 +29,9 @@ def clock(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(benchmarking, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
+
+
+BATCH = torch.zeros(4, 3, 8, 8)
 
 
 def test_models_take_turns(clock):

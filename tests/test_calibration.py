@@ -11,9 +11,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lambda_vit_hf.calibration import CalibrationBatches, evenly_spaced, fixed_randomness
 
 
-IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).reshape(10, 3, 4, 4)
-
-
 class WithoutLength:
     """As a streamed dataset behind a DataLoader: can be read again, but not counted."""
 
@@ -22,6 +19,9 @@ class WithoutLength:
 
     def __iter__(self):
         return iter(self.batches)
+
+
+IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).reshape(10, 3, 4, 4)
 
 
 def as_dicts(images):

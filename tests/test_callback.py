@@ -251,9 +251,7 @@ def test_only_the_removed_model_can_be_the_best(model, tmp_path, save_strategy):
 
 
 def test_the_best_is_found_also_where_the_metric_is_a_loss_and_after_resuming(tmp_path):
-    arguments = dict(
-        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False
-    )
+    arguments = dict(eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
     _, _, trainer = final_weights(tmp_path, **arguments)
     eligible = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"] > 8}
     best = min(eligible, key=eligible.get)

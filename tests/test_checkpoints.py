@@ -11,9 +11,6 @@ from safetensors.torch import save_file
 from lambda_vit_hf.checkpoints import find_resumable_checkpoint, what_is_broken
 
 
-FILES = ("trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-
-
 def write_checkpoint(folder: Path) -> Path:
     """What the Trainer writes, small."""
     folder.mkdir(parents=True)
@@ -28,6 +25,9 @@ def write_checkpoint(folder: Path) -> Path:
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}, indent=2))
     return folder
+
+
+FILES = ("trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @pytest.fixture

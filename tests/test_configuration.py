@@ -69,9 +69,15 @@ def test_a_vit_config_is_taken_without_a_warning(tmp_path, caplog):
     assert "You are using a model of type" not in caplog.text
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_swin_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "swin"}))
+    with pytest.raises(ValueError, match="`swin` checkpoint"):
+        LambdaViTConfig.from_pretrained(tmp_path)
+
+
+def test_a_deit_with_distillation_token_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deit", "num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match="`deit` checkpoint"):
+    with pytest.raises(ValueError, match="distillation token"):
         LambdaViTConfig.from_pretrained(tmp_path)
 
 

@@ -64,11 +64,17 @@ def test_hold_share_is_the_part_of_training_at_zero(hold_share, first_zero):
     assert DilutionSchedule(100, hold_share=hold_share).first_zero_step == first_zero
 
 
+def test_a_short_last_epoch_is_an_epoch():
+    # 10 steps in epochs of 3: lambda is 1, 2/3, 1/3, and 0 in the last step alone.
+    schedule = DilutionSchedule(10, hold_share=0.0, steps_per_update=3)
+    assert [schedule.at(step) for step in (0, 3, 6, 8, 9)] == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3, 0])
+
+
 def test_the_shapes_are_a_line_and_half_a_cosine():
     progress = [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [linear(p) for p in progress] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [cosine(p) for p in progress] == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.0])
-    assert DilutionSchedule(5, 0.0, "cosine").at(1) == pytest.approx(0.853553)
+    assert [cosine(p) for p in progress] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0], abs=1e-7)
+    assert DilutionSchedule(5, 0.0, "cosine").at(1) == pytest.approx(0.8535534, abs=1e-7)
 
 
 @pytest.mark.parametrize(

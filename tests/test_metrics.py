@@ -47,7 +47,8 @@ def test_batches_may_be_added_one_by_one():
 def test_negative_scores_and_plain_lists_count_too():
     # Logits are no probabilities.
     metric = TopKAccuracy()
-    assert metric.compute(predictions=[[-3.0, -1.0], [-1.0, -2.0]], references=[1, 1]) == {"accuracy": 0.5}
+    scores = [[-3.0, -1.0], [-1.0, -2.0], [-9.0, 1.0], [-5.0, -4.0]]
+    assert metric.compute(predictions=scores, references=[1, 1, 1, 1]) == {"accuracy": 0.75}
 
 
 def test_the_trainer_gets_top_1_and_top_5():

@@ -11,18 +11,6 @@ from lambda_vit_hf.model_card import ModelCardFacts, card_metadata, markdown_tab
 from lambda_vit_hf.selection import AttentionSelection, SelectionStep
 
 
-HOSTILE = {
-    "pipe": "a|b",
-    "newline": "a\nb",
-    "heading": "a\n\n# Not my heading",
-    "end of the metadata": "a\n---\nlicense: other\n---\n",
-    "template": "{{ 7 * 7 }}{% raw %}",
-    "quotes": "a\"b'c",
-    "YAML": "a: [b, !!python/name:os.system",
-}
-NAMES = pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
-
-
 @pytest.fixture
 def selection():
     return AttentionSelection(
@@ -42,19 +30,31 @@ def selection():
 @pytest.fixture
 def facts(selection):
     """Everything is known; `facts(name=...)` changes some of it."""
-    known = dict(
-        name="lambda-vit-tiny",
-        rows={"top-1": ("81.80 %", "81.23 %"), "parameters": ("86,567,656", "74,748,136")},
-        selection=selection,
-        training={"epochs": "30", "hardware": "a test machine"},
-        dataset="digits",
-        accuracy=0.8123,
-        measured_on="a test machine, float32",
-        base_model="facebook/deit-base-patch16-224",
-        license="apache-2.0",
-        pictures={"entropy": "entropy.png", "training": "training.png"},
-    )
+    known = {
+        "name": "lambda-vit-tiny",
+        "rows": {"top-1": ("81.80 %", "81.23 %"), "parameters": ("86,567,656", "74,748,136")},
+        "selection": selection,
+        "training": {"epochs": "30", "hardware": "a test machine"},
+        "dataset": "digits",
+        "accuracy": 0.8123,
+        "measured_on": "a test machine, float32",
+        "base_model": "facebook/deit-base-patch16-224",
+        "license": "apache-2.0",
+        "pictures": {"entropy": "entropy.png", "training": "training.png"},
+    }
     return lambda **changes: ModelCardFacts(**{**known, **changes})
+
+
+HOSTILE = {
+    "pipe": "a|b",
+    "newline": "a\nb",
+    "heading": "a\n\n# Not my heading",
+    "end of the metadata": "a\n---\nlicense: other\n---\n",
+    "template": "{{ 7 * 7 }}{% raw %}",
+    "quotes": "a\"b'c",
+    "YAML": "a: [b, !!python/name:os.system",
+}
+NAMES = pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 
 
 def parts(folder, facts) -> tuple[dict, str]:
@@ -198,7 +198,7 @@ def test_the_usage_example_is_python_whatever_the_name(facts, tmp_path, name):
     assert pipeline_model(text) == name
 
 
-@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+@NAMES
 def test_names_are_not_run_as_templates(facts, tmp_path, name):
     _, text = parts(tmp_path, facts(rows={name: ("1", "2")}))
     assert "49" not in text

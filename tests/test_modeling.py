@@ -290,9 +290,7 @@ def test_a_missing_encoder_weight_is_an_error(vit_folder):
 
 def test_an_encoder_weight_of_another_shape_is_an_error_even_if_mismatches_are_ignored(vit_folder):
     with pytest.raises(ValueError, match="of another shape"):
-        LambdaViTForImageClassification.from_pretrained(
-            vit_folder, intermediate_size=48, ignore_mismatched_sizes=True
-        )
+        LambdaViTForImageClassification.from_pretrained(vit_folder, intermediate_size=48, ignore_mismatched_sizes=True)
 
 
 def test_saved_names_are_the_modules_names(model, tmp_path):
@@ -393,7 +391,8 @@ def test_attention_that_is_off_has_no_gradient_but_is_reachable(model, pixel_val
     assert all(parameter.grad is None for parameter in layer.attention_parameters())
     assert all(parameter.grad is not None for parameter in layer.mlp.parameters())
     reached = []
-    nodes = [p.view_as(p).grad_fn.next_functions[0][0] for p in layer.attention_parameters()]  # kept alive: weak in torch
+    # Kept in a list: torch holds these nodes only weakly.
+    nodes = [p.view_as(p).grad_fn.next_functions[0][0] for p in layer.attention_parameters()]
     for node in nodes:
         node.register_hook(lambda *_: reached.append(1))
     layer(hidden_states).sum().backward()

@@ -9,15 +9,6 @@ from lambda_vit_hf.plotting import plot_layer_entropies, plot_training
 from lambda_vit_hf.selection import AttentionSelection, SelectionStep
 
 
-LOG = [
-    {"step": 1, "lambda": 1.0, "loss": 2.3},
-    {"step": 2, "lambda": 0.5, "loss": 2.1},
-    {"step": 2, "lambda": 0.5, "eval_accuracy": 0.5},
-    {"step": 4, "lambda": 0.0, "eval_accuracy": 0.75},
-    {"step": 4, "train_runtime": 1.0},
-]
-
-
 @pytest.fixture
 def selection():
     """NOSE picked layer 2, then layer 0, of four; layer 3 had no attention to begin with."""
@@ -29,7 +20,7 @@ def selection():
         compare="magnitude",
         num_images=32,
         output_entropy=3.0,
-        attention_entropy=[1.0, 2.0, 3.0, None],
+        attention_entropy=[0.0, 2.0, 3.0, None],
         mlp_entropy=[4.0, 5.0, 6.0, 7.0],
         steps=[
             SelectionStep([], {0: 0.5, 1: 0.6, 2: -0.125}, 2),
@@ -45,6 +36,15 @@ def figures(monkeypatch):
     monkeypatch.setattr(plotting.plt, "close", drawn.append)
     yield drawn
     close("all")
+
+
+LOG = [
+    {"step": 1, "lambda": 1.0, "loss": 2.3},
+    {"step": 2, "lambda": 0.5, "loss": 2.1},
+    {"step": 2, "lambda": 0.5, "eval_accuracy": 0.5},
+    {"step": 4, "lambda": 0.0, "eval_accuracy": 0.75},
+    {"step": 4, "train_runtime": 1.0},
+]
 
 
 def assert_is_a_picture(path, at_least=(600, 300)):
@@ -89,7 +89,7 @@ def test_figures_are_closed(selection, tmp_path):
 def test_entropies_are_drawn_by_layer_with_the_removed_ones_marked(selection, figures, tmp_path):
     plot_layer_entropies(selection, tmp_path / "entropy.png")
     entropies = figures[0].axes[0]
-    assert points(entropies, "attention output") == [(0, 1.0), (1, 2.0), (2, 3.0)]
+    assert points(entropies, "attention output") == [(0, 0.0), (1, 2.0), (2, 3.0)]
     assert points(entropies, "MLP output") == [(0, 4.0), (1, 5.0), (2, 6.0), (3, 7.0)]
     marked = [patch.get_x() + patch.get_width() / 2 for patch in entropies.patches]
     assert sorted(marked) == pytest.approx([0, 2])
@@ -112,8 +112,8 @@ def test_axes_have_units(selection, figures, tmp_path):
 
 
 @pytest.mark.parametrize("measured", [False, True], ids=["given layers", "measured without a search"])
-def test_a_selection_without_a_search_is_drawn_too(selection, tmp_path, measured):
-    entropies = dict(attention_entropy=[1.0, 2.0], mlp_entropy=[1.0, 2.0], num_images=8) if measured else {}
+def test_a_selection_without_a_search_is_drawn_too(tmp_path, measured):
+    entropies = {"attention_entropy": [1.0, 2.0], "mlp_entropy": [1.0, 2.0], "num_images": 8} if measured else {}
     plot_layer_entropies(
         AttentionSelection([1], "given", "none", "skip", "magnitude", **entropies), tmp_path / "entropy.png"
     )

@@ -185,7 +185,7 @@ def test_impossible_requests_are_refused(model, images, arguments):
 
 @pytest.mark.parametrize("nothing", [[], torch.empty(0, 3, 16, 16), iter([])], ids=["list", "tensor", "iterator"])
 def test_an_empty_calibration_set_is_an_error(model, nothing):
-    with pytest.raises(ValueError, match="empty|iterator"):
+    with pytest.raises(ValueError, match=r"empty|iterator"):
         select_attention_layers(model, nothing, num_layers=1)
 
 

@@ -4,7 +4,7 @@
     python trainer_scripts/convert_checkpoint.py deit_small.pth --output_dir outputs/lambda-deit-small --layers 0 2 4
     python trainer_scripts/convert_checkpoint.py small_024.pth --output_dir outputs/unfolded --no_fold
     python trainer_scripts/convert_checkpoint.py model.safetensors --output_dir outputs/large --image_size 384
-    python trainer_scripts/convert_checkpoint.py vit_huge.safetensors --output_dir outputs/huge --num_attention_heads 16
+    python trainer_scripts/convert_checkpoint.py huge.safetensors --output_dir outputs/huge --num_attention_heads 16
     python trainer_scripts/convert_checkpoint.py augreg.safetensors --output_dir outputs/augreg \
         --image_mean 0.5 0.5 0.5 --image_std 0.5 0.5 0.5 --crop_pct 0.9
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     output_dir = Path(arguments.output_dir)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise SystemExit(f"{output_dir} exists and is not an empty folder. Name another --output_dir.")
+        raise FileExistsError(f"{output_dir} exists and is not an empty folder. Name another --output_dir.")
 
     # Imported late: --help and a mistyped option answer at once.
     from lambda_vit_hf.accounting import summarize
@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         drop_head=arguments.drop_head,
         weights_key=arguments.weights_key,
     )
+    for name in ("image_mean", "image_std"):
+        if len(getattr(arguments, name)) != model.config.num_channels:
+            raise ValueError(f"--{name} needs one number for each of the {model.config.num_channels} channels.")
     processor = build_image_processor(
         model.config.image_size, arguments.image_mean, arguments.image_std, arguments.crop_pct
     )
@@ -62,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_mean", type=float, nargs="+", default=IMAGENET_MEAN, help="Default: ImageNet's, as DeiT.")
     add("--image_std", type=float, nargs="+", default=IMAGENET_STD, help="Default: ImageNet's, as DeiT.")
     add("--crop_pct", type=float, default=1.0, help="Below 1, the image processor resizes the shorter side to"
-        " image size / crop_pct and crops the centre; DeiT was evaluated with 0.875. Default: 1, resize only.")  # fmt: skip
+        " image size / crop_pct and crops the centre. DeiT was evaluated with 0.875. Default: 1.")  # fmt: skip
     return parser
 
 

@@ -1,0 +1,40 @@
+# Set-up is part of every target: `make demo` or `make test` on a fresh machine is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style quality clean
+
+help:  ## Show this list
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.train  ## Digits: train a ViT, remove 6 of its 12 attention layers, print before and after
+	$(BIN)/accelerate launch --config_file $(CONFIG) trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --overwrite_output_dir
+
+test: $(VENV)/.test quality  ## Install what tests need, lint, run all tests offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+style: $(VENV)/.test  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.test  ## Check format and lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## Remove the environment and all outputs
+	rm -rf $(VENV) outputs *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.train: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	@touch $@
+
+$(VENV)/.test: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.train

@@ -1,0 +1,142 @@
+"""What the main job leaves behind and says: metrics, pictures, the model card, the table before and after."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import Trainer, pipeline
+
+from .accounting import count_macs, count_parameters, summarize
+from .benchmarking import describe_environment, images_per_second
+from .model_card import ModelCardFacts, write_model_card
+from .modeling_lambda_vit import LambdaViTForImageClassification
+from .plotting import plot_layer_entropies, plot_training
+from .selection import AttentionSelection
+
+
+BATCH_SIZE = 64
+
+
+def write_report(
+    trainer: Trainer,
+    base: LambdaViTForImageClassification,
+    selection: AttentionSelection,
+    base_accuracy: float,
+    accuracy: float,
+    dataset: str | None = None,
+    base_model: str | None = None,
+) -> dict:
+    """
+    Write `metrics.json`, `selection.json`, the pictures and the model card into the Trainer's output folder, and print
+    the table. Speed is measured here, base and removed model side by side.
+
+    Args:
+        trainer (`Trainer`): after training; its model is the removed one and is saved in its output folder.
+        base ([`LambdaViTForImageClassification`]): the model before removal.
+        selection ([`AttentionSelection`]): the layers removed, and why.
+        base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
+        dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
+        base_model (`str`, *optional*): checkpoint started from, for the card.
+
+    Returns:
+        The contents of `metrics.json`.
+    """
+    model, output_dir = trainer.model, Path(trainer.args.output_dir)
+    metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
+    metrics["layers"] = selection.layers
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    selection.save(output_dir / "selection.json")
+    pictures = {"training": "training.png"}
+    plot_training(trainer.state.log_history, output_dir / "training.png", base_accuracy)
+    if selection.mlp_entropy:
+        pictures["entropy"] = "entropy.png"
+        plot_layer_entropies(selection, output_dir / "entropy.png")
+    rows = comparison_rows(metrics)
+    environment = metrics["environment"]
+    facts = ModelCardFacts(
+        name=output_dir.resolve().name,
+        rows=rows,
+        selection=selection,
+        training=_training_facts(trainer.args, environment),
+        dataset=dataset,
+        accuracy=accuracy,
+        measured_on=f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
+        base_model=base_model,
+        pictures=pictures,
+    )
+    write_model_card(output_dir, facts)
+    print(f"\n{summarize(model)}\n\n{text_table(rows)}")
+    print(f"attention removed: layers {selection.layers}, chosen by {selection.strategy}")
+    return metrics
+
+
+def _measure(model, base, output_dir: Path, base_accuracy: float, accuracy: float) -> dict:
+    size = model.config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    pixel_values = torch.randn(BATCH_SIZE, model.config.num_channels, height, width, device=model.device)
+    speed = images_per_second({"before": base, "after": model}, pixel_values.to(model.dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        base_bytes = _weights_bytes(Path(folder))
+
+    def figures(one, top1, file_bytes, name):
+        return {
+            "top1": top1,
+            "parameters": count_parameters(one),
+            "macs": count_macs(one.config),
+            "file_bytes": file_bytes,
+            "images_per_second": speed[name],
+        }
+
+    return {
+        "before": figures(base, base_accuracy, base_bytes, "before"),
+        "after": figures(model, accuracy, _weights_bytes(output_dir), "after"),
+        "environment": {**describe_environment(), "dtype": str(model.dtype).removeprefix("torch.")},
+    }
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _training_facts(args, environment: dict) -> dict[str, str]:
+    return {
+        "epochs": str(args.num_train_epochs),
+        "global batch size": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
+        "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
+        "learning rate schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "seed": str(args.seed),
+        "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
+        "hardware": environment["hardware"],
+    }
+
+
+def comparison_rows(metrics: dict) -> dict[str, tuple[str, str]]:
+    """Rows of the before / after table, as printed, from the contents of `metrics.json`."""
+
+    def row(name, form):
+        return tuple(form(metrics[when][name]) for when in ("before", "after"))
+
+    return {
+        "top-1": row("top1", lambda value: f"{100 * value:.2f} %"),
+        "parameters": row("parameters", lambda value: f"{value:,}"),
+        "MACs per image": row("macs", lambda value: f"{value / 1e6:,.2f} M"),
+        "file size": row("file_bytes", lambda value: f"{value / 1e6:.3f} MB"),
+        "images/s (median)": row("images_per_second", lambda value: f"{value:,.0f}"),
+    }
+
+
+def text_table(rows: dict[str, tuple[str, str]]) -> str:
+    """The before / after table for a terminal."""
+    lines = {"": ("before", "after"), **rows}
+    return "\n".join(f"{name:<20}{before:>16}{after:>16}" for name, (before, after) in lines.items())
+
+
+def classify_one(folder: Path, dataset) -> None:
+    """Print what `pipeline("image-classification")` makes of a dataset's first image with the model in `folder`."""
+    row = dataset[0]
+    answer = pipeline("image-classification", model=str(folder))(row["image"].convert("RGB"))[0]
+    truth = dataset.features["label"].names[row["label"]]
+    print(f'pipeline("image-classification", model="{folder}"): {answer["label"]} ({answer["score"]:.3f})')
+    print(f"truth: {truth}")

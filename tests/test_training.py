@@ -1,0 +1,246 @@
+"""The main job, as a user runs it: the same program, a smaller model and fewer epochs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from lambda_vit_hf.arguments import (
+    DataArguments,
+    LambdaTrainingArguments,
+    ModelArguments,
+    RemovalArguments,
+    parse_arguments,
+)
+from lambda_vit_hf.selection import AttentionSelection
+from lambda_vit_hf.training import run_training
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "trainer_scripts/recipes/digits.yaml"
+SMALL = """
+--hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32 --base_num_train_epochs 1
+--num_layers 2 --num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
+--drop_path_rate 0.1 --eval_strategy no --save_strategy steps --save_steps 4 --save_total_limit 20 --warmup_steps 2
+--logging_steps 4 --use_cpu true
+""".split()
+
+
+def run(output_dir, *arguments) -> dict:
+    argv = [str(ROOT / RECIPE), "--output_dir", str(output_dir), *SMALL, *map(str, arguments)]
+    return run_training(
+        *parse_arguments(argv, [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments])
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run: output folder and metrics."""
+    folder = tmp_path_factory.mktemp("finished") / "digits"
+    return folder, run(folder)
+
+
+def test_everything_a_user_needs_is_in_the_output_folder(finished):
+    folder, metrics = finished
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    selection = AttentionSelection.load(folder / "selection.json")
+    assert selection.layers == metrics["layers"]
+    assert len(selection.steps) == 2
+    for picture in ("entropy.png", "training.png"):
+        PIL.Image.open(folder / picture).verify()
+    card = (folder / "README.md").read_text()
+    assert f"{metrics['after']['parameters']:,}" in card
+    assert f"{100 * metrics['after']['top1']:.2f} %" in card
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_saved_model_is_the_removed_one_that_was_evaluated(finished):
+    folder, metrics = finished
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.removed_layers == metrics["layers"]
+    assert model.config.fold_removed
+    assert sum(p.numel() for p in model.parameters()) == metrics["after"]["parameters"]
+    assert metrics["after"]["parameters"] < metrics["before"]["parameters"]
+    assert metrics["after"]["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    validation = datasets_digits()["validation"]
+    processor = ViTImageProcessor.from_pretrained(folder)
+    pixel_values = processor([image.convert("RGB") for image in validation["image"]], return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**pixel_values).logits.argmax(-1)
+    assert (predicted == torch.tensor(validation["label"])).float().mean().item() == pytest.approx(
+        metrics["after"]["top1"]
+    )
+
+
+def datasets_digits():
+    from lambda_vit_hf.data import load_digits
+
+    return load_digits()
+
+
+def test_the_output_folder_works_in_a_pipeline_with_class_names(finished):
+    answer = pipeline("image-classification", model=str(finished[0]))(datasets_digits()["validation"][0]["image"])
+    assert {entry["label"] for entry in answer} <= set("0123456789")
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from transformers import Trainer
+save = Trainer._save_optimizer_and_scheduler
+def die(self, output_dir):
+    if output_dir.endswith("checkpoint-12"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, output_dir)
+Trainer._save_optimizer_and_scheduler = die
+from pathlib import Path
+from tests.test_training import run
+run(Path({folder!r}))
+"""
+
+
+def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished, tmp_path, caplog):
+    expected = load_file(finished[0] / "model.safetensors")
+    folder = tmp_path / "digits"
+    script = KILLED_WHILE_SAVING.format(root=str(ROOT), folder=str(folder))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (folder / "checkpoint-12" / "model.safetensors").is_file(), "the kill should leave half a checkpoint"
+    run(folder, "--resume_from_checkpoint", "true")
+    assert "Passing over" in caplog.text
+    assert "checkpoint-12" in caplog.text
+    resumed = load_file(folder / "model.safetensors")
+    assert resumed.keys() == expected.keys()
+    for name, value in resumed.items():
+        assert torch.equal(value, expected[name]), f"{name} differs from the uninterrupted run's"
+
+
+def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished, tmp_path):
+    folder = tmp_path / "digits"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A last batch that is not full is filled up differently by two processes.
+    same = ["--drop_path_rate", "0", "--dataloader_drop_last", "true"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", "trainer_scripts/accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0",
+        "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL,
+        # Half the batch in each process: the same images in each step.
+        "--per_device_train_batch_size", "64", *same,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one = run(tmp_path / "one", *same)
+    two = json.loads((folder / "metrics.json").read_text())
+    assert two["layers"] == one["layers"]
+    selections = [AttentionSelection.load(path / "selection.json") for path in (folder, tmp_path / "one")]
+    assert selections[0].output_entropy == pytest.approx(selections[1].output_entropy, rel=1e-3)
+    weights = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "one")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
+    assert abs(two["after"]["top1"] - one["after"]["top1"]) <= 0.02
+
+
+def test_the_program_trains_from_a_checkpoint_and_a_folder_of_images(tmp_path):
+    digits = datasets_digits()
+    for split, count in (("train", 160), ("validation", 40)):
+        for index, row in enumerate(digits[split].select(range(count))):
+            folder = tmp_path / "images" / split / f"digit {row['label']}"
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{index}.png")
+    names = {index: f"digit {index}" for index in range(10)}
+    config = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        id2label=names, label2id={name: index for index, name in names.items()},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    metrics = run(
+        tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--dataset_dir", tmp_path / "images",
+        "--num_layers", 1, "--per_device_train_batch_size", 40,
+    )  # fmt: skip
+    assert len(metrics["layers"]) == 1
+    restored = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert restored.config.id2label[3] == "digit 3"
+    assert not (tmp_path / "out" / "base").exists()
+
+
+# Bad input: a clear error before training starts.
+
+
+def test_a_folder_with_something_in_it_is_not_touched_without_a_word(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file"):
+        run(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--removal_ratio", "1.5"], r"\[0, 1\]"),
+        (["--layers", "0", "4"], "out of range"),
+        (["--layers", "1", "1"], "more than once"),
+        (["--dataset_dir", "nowhere"], "nowhere does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wishes_that_cannot_be_met_stop_the_program_before_training(tmp_path, arguments, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run(tmp_path / "out", *arguments)
+    assert not (tmp_path / "out" / "base").exists(), "the base model was trained before the error"
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    PIL.Image.new("L", (8, 8)).save(folder / "good.png")
+    (folder / "broken.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        run(tmp_path / "out", "--dataset_dir", tmp_path / "images")
+
+
+def test_another_number_of_classes_than_the_checkpoints_is_an_error(tmp_path):
+    config = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=7
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="7 classes, the dataset has 10"):
+        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
+
+
+def test_resuming_from_a_broken_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Cannot resume"):
+        run(tmp_path / "out", "--resume_from_checkpoint", tmp_path)
+
+
+def test_parquet_files_are_read(tmp_path):
+    digits = datasets_digits()
+    digits["train"].select(range(100)).to_parquet(tmp_path / "train-0.parquet")
+    digits["validation"].select(range(50)).to_parquet(tmp_path / "validation-0.parquet")
+    from lambda_vit_hf.data import load_image_dataset
+
+    loaded = load_image_dataset(directory=tmp_path)
+    assert (len(loaded["train"]), len(loaded["validation"])) == (100, 50)
+    assert isinstance(loaded["train"].features["label"], datasets.ClassLabel)
