@@ -1,5 +1,6 @@
 """Arguments of the training program: dataclasses, read from a YAML recipe first, then from the command line."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def parse_arguments(argv: list[str], argument_types: list[type]) -> tuple:
         unknown = sorted(set(recipe) - known)
         if unknown:
             raise ValueError(f"The recipe sets unknown fields: {unknown}. `--help` lists the known ones.")
-        given = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
+        given = _given_fields(argv, argument_types)
         for group in _EXCLUSIVE:
             if given & set(group):
                 recipe = {name: value for name, value in recipe.items() if name not in group}
@@ -107,6 +108,14 @@ def parse_arguments(argv: list[str], argument_types: list[type]) -> tuple:
         parser.set_defaults(**{name: value if isinstance(value, (bool, list, dict)) or value is None else str(value)
                                for name, value in recipe.items()})  # fmt: skip
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _given_fields(argv: list[str], argument_types: list[type]) -> set[str]:
+    """Fields that a command line sets, however it spells them."""
+    parser = HfArgumentParser(argument_types)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(parser.parse_known_args(argv)[0]))
 
 
 def _read_recipe(path: Path) -> dict:

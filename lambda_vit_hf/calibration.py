@@ -17,7 +17,7 @@ def fixed_randomness(seed: int):
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would restart the GPUs' generators too
             yield
         finally:
             random.setstate(python_state)

@@ -60,7 +60,9 @@ def find_resumable_checkpoint(output_dir: str | Path) -> Path | None:
     Returns:
         The checkpoint's path, or `None` if there is none.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    folders = [
+        path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _CHECKPOINT.fullmatch(path.name)
+    ]
     for checkpoint in sorted(folders, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]), reverse=True):
         problem = what_is_broken(checkpoint)
         if problem is None:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,18 @@ import torch
 from torch.utils.data import Dataset
 
 from .calibration import evenly_spaced, fixed_randomness
+
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
 
 
 def load_digits(seed: int = 0) -> datasets.DatasetDict:
@@ -62,25 +75,43 @@ def _load_directory(directory: Path) -> datasets.DatasetDict:
     if not directory.is_dir():
         raise FileNotFoundError(f"The dataset folder {directory} does not exist.")
     parquet = sorted(directory.rglob("*.parquet"))
-    if not parquet:
-        _check_folder_classes(directory)
-        return datasets.load_dataset("imagefolder", data_dir=str(directory))
-    files: dict[str, list[str]] = {}
-    for path in parquet:
-        relative = str(path.relative_to(directory)).lower()
-        split = next((split for split in ("validation", "val", "test") if split in relative), "train")
-        files.setdefault({"val": "validation"}.get(split, split), []).append(str(path))
-    return datasets.load_dataset("parquet", data_files=files)
+    if parquet:
+        files: dict[str, list[str]] = {}
+        for path in parquet:
+            files.setdefault(_split_of(path.relative_to(directory)), []).append(str(path))
+        # Each split alone: read together, all would get the class names of the first, in its order.
+        return datasets.DatasetDict(
+            {
+                split: datasets.load_dataset("parquet", data_files={split: paths})[split]
+                for split, paths in files.items()
+            }
+        )
+    if not any(path.is_file() for path in directory.rglob("*")):
+        raise ValueError(f"The dataset folder {directory} is empty: expected images or parquet files.")
+    splits = {
+        SPLIT_NAMES[path.name]: path for path in directory.iterdir() if path.is_dir() and path.name in SPLIT_NAMES
+    }
+    if "train" not in splits:
+        splits = {"train": directory}
+    _check_folder_classes(splits)
+    # Named one by one: left to itself, imagefolder takes a class such as `train_track` for a split.
+    files = {split: str(path / "**") for split, path in splits.items()}
+    return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False)
 
 
-def _check_folder_classes(directory: Path) -> None:
+def _split_of(path: Path) -> str:
+    """Split of a parquet file, by the first word of its name (`validation-00000-of-00003`), then by its folders."""
+    words = [re.split(r"[-_.]", path.name.lower())[0], *reversed([part.lower() for part in path.parts[:-1]])]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+
+
+def _check_folder_classes(splits: Mapping[str, Path]) -> None:
     # imagefolder merges the classes of all splits, which shifts the labels of one split by another's folders.
-    splits = {path.name: path for path in directory.iterdir() if path.name in ("train", "validation", "val", "test")}
-    classes = {name: sorted(entry.name for entry in path.iterdir() if entry.is_dir()) for name, path in splits.items()}
+    classes = {name: {entry.name for entry in path.iterdir() if entry.is_dir()} for name, path in splits.items()}
     for name, found in classes.items():
-        if found != classes.get("train", found):
-            only = sorted(set(found) ^ set(classes["train"]))
-            raise ValueError(f"The class folders of {directory} differ between `train` and `{name}`: {only}.")
+        if found != classes["train"]:
+            only = sorted(found ^ classes["train"])
+            raise ValueError(f"The class folders of {splits[name]} and {splits['train']} differ: {only}.")
 
 
 def find_columns(dataset: datasets.Dataset) -> tuple[str, str]:
@@ -103,11 +134,13 @@ def find_columns(dataset: datasets.Dataset) -> tuple[str, str]:
 def _with_validation(loaded: datasets.DatasetDict, label_column: str, seed: int) -> datasets.DatasetDict:
     if "train" not in loaded:
         raise ValueError(f"A `train` split is needed, found {list(loaded)}.")
+    names = loaded["train"].features[label_column].names
+    if len(names) < 2:
+        raise ValueError(f"At least two classes are needed, found {names}.")
     validation = next((loaded[name] for name in ("validation", "test") if name in loaded), None)
     if validation is None:
         parts = loaded["train"].train_test_split(test_size=0.2, stratify_by_column=label_column, seed=seed)
         return datasets.DatasetDict(train=parts["train"], validation=parts["test"])
-    names = loaded["train"].features[label_column].names
     if validation.features[label_column].names != names:
         raise ValueError(
             f"The classes of the splits differ: train has {names}, validation has"
@@ -177,7 +210,7 @@ class ProcessedImages(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict]:
         rows = self.dataset[indices]
         pairs = zip(rows["image"], indices, strict=True)
-        images = [self._augment(image.convert("RGB"), index) for image, index in pairs]
+        images = [self._augment(to_rgb(image), index) for image, index in pairs]
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return [
             {"pixel_values": image, "labels": label} for image, label in zip(pixel_values, rows["label"], strict=True)
@@ -188,6 +221,13 @@ class ProcessedImages(Dataset):
             return image
         with fixed_randomness(random.Random(f"{self.seed}-{self.epoch}-{index}").getrandbits(32)):
             return self.augmentation(image)
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An 8-bit RGB image from one of any mode; 16 bits a pixel are scaled (Pillow alone would clip them to white)."""
+    if image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def random_shift(image_size: int, padding: int) -> Callable:

@@ -1,5 +1,6 @@
 """The model card of a removed model: measured facts in, Markdown with Hub metadata out. Unknown facts are left out."""
 
+import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ class ModelCardFacts:
         measured_on: hardware, versions, date of the speed figures.
         base_model: Hub id of the checkpoint started from.
         license: of the weights.
+        folded: whether the removed layers' identity is in the weights that follow.
         pictures: file names in the model's folder, keys `entropy` and `training`.
     """
 
@@ -37,14 +39,20 @@ class ModelCardFacts:
     measured_on: str | None = None
     base_model: str | None = None
     license: str | None = None
+    folded: bool = False
     pictures: dict[str, str] = field(default_factory=dict)
+
+
+def _one_line(text: str) -> str:
+    """Names come from users: a line break in one must not start a heading or a metadata block."""
+    return " ".join(text.splitlines())
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; cells are escaped so that names with `|` or line breaks stay in their cell."""
 
     def line(cells):
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(_one_line(str(cell)).replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
@@ -95,19 +103,21 @@ def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
     """Render `README.md` into a model's folder and return its path."""
     template = resources.files("lambda_vit_hf.model_cards").joinpath("model_card.md.jinja").read_text("utf-8")
     layers = len(facts.selection.layers)
+    chosen = "Entropy chose the layers (NOSE). " if facts.selection.strategy == "nose" else ""
+    folded = " and the identity was folded into the weights that follow" if facts.folded else ""
     body = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(template).render(
-        title=facts.name,
+        title=_one_line(facts.name),
         introduction=(
-            f"A vision transformer without attention in {layers} of its layers. Entropy chose the layers (NOSE), they"
-            " faded into the identity during fine-tuning, then their weights were removed and the identity was folded"
-            " into the weights that follow ([MLP Can Be A Good Transformer Learner](https://arxiv.org/abs/2404.05657))."
+            f"A vision transformer without attention in {layers} of its layers. {chosen}They faded into the identity"
+            f" during fine-tuning, then their weights were removed{folded}. Method: [MLP Can Be A Good Transformer"
+            " Learner](https://arxiv.org/abs/2404.05657)."
         ),
         comparison_table=markdown_table(["", "before", "after"], [[k, *v] for k, v in facts.rows.items()]),
-        measured_on=facts.measured_on,
+        measured_on=facts.measured_on and _one_line(facts.measured_on),
         selection_text=_selection_text(facts.selection),
         entropy_picture=facts.pictures.get("entropy"),
         training_picture=facts.pictures.get("training"),
-        model_id=facts.name,
+        model_id=json.dumps(facts.name),
         training_table=markdown_table(["", ""], [[k, v] for k, v in facts.training.items()]),
         limits=(
             "The layers were chosen on this model's training images and may not suit another task. Images far from"

@@ -63,6 +63,7 @@ def write_report(
         accuracy=accuracy,
         measured_on=f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
         base_model=base_model,
+        folded=model.config.fold_removed,
         pictures=pictures,
     )
     write_model_card(output_dir, facts)

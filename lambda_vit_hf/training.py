@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -64,7 +65,10 @@ def run_training(
         **vars(removal_args),
         calibration_dataset=ProcessedImages(dataset["train"], processor),
     )
+    _check_training_arguments(training_args)
     training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
     common = dict(
         train_dataset=train_images,
         eval_dataset=eval_images,
@@ -95,6 +99,17 @@ def run_training(
         classify_one(output_dir, dataset["validation"])
     PartialState().wait_for_everyone()
     return metrics
+
+
+def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
+    if training_args.dataloader_drop_last:
+        raise ValueError("--dataloader_drop_last would leave out validation images too: the Trainer has one for both.")
+    asked_for_more = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if asked_for_more and training_args.world_size == 1:
+        raise ValueError(
+            "`accelerate launch --cpu --num_processes N` started one process: it needs MPI for more. Use --config_file"
+            " trainer_scripts/accelerate_configs/two_cpu_processes.yaml and --use_cpu true instead."
+        )
 
 
 def _prepare_output_dir(output_dir: Path, training_args: LambdaTrainingArguments) -> Path | None:

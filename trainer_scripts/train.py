@@ -5,7 +5,8 @@
     accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml \
         --model_name_or_path facebook/deit-base-patch16-224 --dataset_dir path/to/images --output_dir outputs/mine
     accelerate launch trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --resume_from_checkpoint true
-    accelerate launch --cpu --num_processes 2 trainer_scripts/train.py trainer_scripts/recipes/digits.yaml
+    accelerate launch --config_file trainer_scripts/accelerate_configs/two_cpu_processes.yaml \
+        trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --use_cpu true
 
 The recipe is read first; the command line wins. `--help` lists every field.
 """
