@@ -23,7 +23,7 @@ TRAIN = [
     "scikit-learn>=1.3",
     "timm>=1.0.20",
 ]
-TEST = [*TRAIN, "pytest>=8", "ruff>=0.9"]
+TEST = [*TRAIN, "onnx", "onnxruntime", "onnxscript", "peft>=0.18", "pytest>=8", "ruff>=0.9"]
 
 setup(
     name="lambda-vit-hf",

@@ -1,6 +1,7 @@
 """Vision transformers with fewer attention layers, inside the Hugging Face ecosystem."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -9,24 +10,43 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .callback import EntropyGuidedRemovalCallback, StopOnNonFiniteGradient
+from .accounting import summarize
 from .checkpoints import find_resumable_checkpoint
 from .configuration_lambda_vit import LambdaViTConfig
-from .modeling_lambda_vit import LambdaViTForImageClassification, LambdaViTForMaskedImageModeling, LambdaViTModel
+from .modeling_lambda_vit import (
+    LambdaViTBackbone,
+    LambdaViTForImageClassification,
+    LambdaViTForMaskedImageModeling,
+    LambdaViTModel,
+)
 from .selection import AttentionSelection, select_attention_layers
 
 
 __version__ = "0.1.0"
 
 AutoConfig.register(LambdaViTConfig.model_type, LambdaViTConfig, exist_ok=True)
+AutoBackbone.register(LambdaViTConfig, LambdaViTBackbone, exist_ok=True)
 AutoModel.register(LambdaViTConfig, LambdaViTModel, exist_ok=True)
 AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClassification, exist_ok=True)
 AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
+_TRAINING = ("EntropyGuidedRemovalCallback", "StopOnNonFiniteGradient")
+
+
+def __getattr__(name: str):
+    # Imported when asked for: a served model needs nothing of the `train` extra.
+    if name in _TRAINING:
+        from . import callback
+
+        return getattr(callback, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "AttentionSelection",
     "EntropyGuidedRemovalCallback",
+    "LambdaViTBackbone",
     "LambdaViTConfig",
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
@@ -34,4 +54,5 @@ __all__ = [
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "select_attention_layers",
+    "summarize",
 ]

@@ -9,10 +9,10 @@ from importlib.metadata import version
 import torch
 
 
-def describe_environment() -> dict[str, str]:
-    """Hardware, threads, versions and date: what belongs beside every figure."""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Hardware, threads, versions and date of figures measured on `device`: what belongs beside each of them."""
+    if torch.device(device).type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{_processor_name()}, {torch.get_num_threads()} threads"
     packages = ("torch", "transformers")
@@ -43,6 +43,7 @@ def images_per_second(models: dict[str, torch.nn.Module], pixel_values: torch.Te
     Returns:
         `dict[str, float]`: median images/s by name.
     """
+    was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -54,6 +55,8 @@ def images_per_second(models: dict[str, torch.nn.Module], pixel_values: torch.Te
             _synchronize(pixel_values.device)
             if round_index >= 3:
                 seconds[name].append(time.perf_counter() - start)
+    for name, model in models.items():
+        model.train(was_training[name])
     return {name: len(pixel_values) / statistics.median(times) for name, times in seconds.items()}
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class CalibrationBatches:
             raise ValueError("The calibration set is empty: at least one image is needed.")
         if isinstance(images, torch.Tensor):
             images = images.split(batch_size)
+        elif isinstance(images, Mapping):
+            raise TypeError(f"Expected many images, got one batch with {sorted(images)}: put it in a list.")
         elif hasattr(images, "__getitem__") and hasattr(images, "__len__") and _pixel_values(images[0]).ndim == 3:
             images = DataLoader(images, batch_size=batch_size, collate_fn=_stack_pixel_values)
         self.batches = images

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import sys
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -12,6 +13,8 @@ from transformers.trainer_callback import ExportableState
 
 from .calibration import evenly_spaced, fixed_randomness
 from .dilution import DilutionSchedule
+from .hub import keep_back_private_files
+from .model_card import facts_of_training, model_size, push_with_card, write_model_card
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
 from .removal import check_layer_indices
 from .selection import AttentionSelection, count_layers, select_attention_layers
@@ -27,9 +30,12 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     Selects attention layers when training starts, lets them fade into the identity, and removes them when it ends.
 
     After `trainer.train()`, `trainer.model` is the removed and folded model, so `trainer.save_model()` and
-    `trainer.push_to_hub()` ship the small one. While lambda is above 0 no checkpoint can become the best one
-    (`load_best_model_at_end`, `save_strategy="best"`): its metric is not that of the removed model. A run resumed from
-    a checkpoint takes selection and schedule from there.
+    `trainer.push_to_hub()` ship the small one, with its model card in place of the Trainer's; a README.md of the user
+    is added to. A `.gitignore` makes the Hub leave out `training_args.bin` (it may hold `hub_token`), optimizer state,
+    `base/` and `runs/`. A push is refused while lambda is not 1 in a layer that has attention, but for the backups of
+    `hub_strategy="every_save"`: their card and a tag say that training is in progress. While lambda is above 0 no
+    checkpoint can become the best one: its metric is not that of the removed model. A resumed run takes selection and
+    schedule from its checkpoint.
 
     Args:
         removal_ratio (`float`, *optional*): fraction of the attention layers to remove, in [0, 1]; or
@@ -48,7 +54,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: on contradictory arguments, at once; on arguments that do not fit the model, when the Trainer is
-            built; where a resumed run's settings differ from its checkpoint's, before the first step.
+            built; where a resumed run's settings differ from its checkpoint's, before the first step; on such a push.
         RuntimeError: if training ends while lambda is above 0. Nothing is removed then.
 
     Source: Lin et al., CVPR 2024, section 3; https://github.com/huggingface/transformers/issues/48805 for resuming.
@@ -94,6 +100,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         self.selection: AttentionSelection | None = None
         self.dilution: DilutionSchedule | None = None
         self.current_lambda: float | None = None
+        self.card_facts: dict = {}  # for the model card; `reporting.write_report` adds what it measured
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (in `trainer_state.json`)."""
@@ -110,6 +117,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             self._check_model(model)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.card_facts = {}
         if self._is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", self.selection.layers)
             return
@@ -140,6 +148,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint.
         if self._is_diluting(model) and args.metric_for_best_model is not None:
             state.best_metric = sys.float_info.max if args.greater_is_better else -sys.float_info.max
+        if self._is_done(model):
+            self._write_card(args, state, model)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self._forget_best_while_diluting(model, state)
@@ -157,8 +167,6 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._is_done(model):
-            return
         if self._is_diluting(model):
             raise RuntimeError(
                 f"Training ended at step {state.global_step} of {state.max_steps}, but attention layers"
@@ -166,9 +174,27 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 f" reaches 0 at step {self.dilution.first_zero_step}). Nothing was removed. Resume from the last"
                 " checkpoint to finish, or call `model.remove_attention` yourself."
             )
-        model.remove_attention(self.selection.layers)
-        if self.fold:
-            model.fold_removed_attention()
+        if not self._is_done(model):
+            self.card_facts |= {"size_before": model_size(model), "dilution": self.dilution}
+            model.remove_attention(self.selection.layers)
+            if self.fold:
+                model.fold_removed_attention()
+        self._write_card(args, state, model)
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        lambdas = {layer: value for layer, value in enumerate(model.attention_lambdas) if value not in (None, 1.0)}
+        # `should_save` is set until a checkpoint is saved, and with it pushed: that is a backup, and marked as one.
+        if lambdas and not control.should_save:
+            raise ValueError(f"Nothing was pushed: lambda is not 1 in layers {lambdas}. Train on, or remove them.")
+        if state.is_world_process_zero:
+            keep_back_private_files(args.output_dir)
+            if self.selection is not None:
+                push_with_card(partial(self._write_card, args, state, model))
+
+    def _write_card(self, args, state, model, **known) -> None:
+        if self.selection is not None and state.is_world_process_zero:
+            facts = facts_of_training(args, state, model, self.selection, **{**self.card_facts, **known})
+            write_model_card(args.output_dir, facts)
 
     def _check_model(self, model) -> None:
         if not isinstance(model, LambdaViTPreTrainedModel):

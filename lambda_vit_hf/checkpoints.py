@@ -30,10 +30,14 @@ def what_is_broken(checkpoint: str | Path) -> str | None:
         return f"no {Path(error.filename).name}"
     except ValueError:
         return "trainer_state.json or config.json is cut short"
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    if not weights:
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {path.name for path in checkpoint.glob("*.safetensors")}
+    if not names:
         return "no weights"
-    for path in weights:
+    for path in (checkpoint / name for name in sorted(names)):
         try:
             with safe_open(path, framework="pt"):
                 pass

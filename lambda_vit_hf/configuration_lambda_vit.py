@@ -2,13 +2,16 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 DROP_PATH_SCHEDULES = ("constant", "linear")
+_STAGE_ARGUMENTS = ("out_features", "out_indices")
+_ATTENTION_ARGUMENTS = ("attn_implementation", "_attn_implementation")
 
 
 @strict
-class LambdaViTConfig(ViTConfig):
+class LambdaViTConfig(BackboneConfigMixin, ViTConfig):
     r"""
     Configuration of a LambdaViT: a ViT in which some blocks have no attention, only an MLP.
 
@@ -28,6 +31,16 @@ class LambdaViTConfig(ViTConfig):
         drop_path_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`: the same rate in every block. `"linear"`: grows from 0 in the first block to
             `drop_path_rate` in the last.
+        out_features (`list[str]`, *optional*, defaults to the last stage):
+            Stages whose feature maps a [`LambdaViTBackbone`] gives: of `"stem"` (the embeddings), `"stage1"` (after
+            the first block) and so on, in this order.
+        out_indices (`list[int]`, *optional*):
+            The same by index: 0 is the stem; negative ones count from the end.
+        apply_layernorm (`bool`, *optional*, defaults to `True`):
+            Whether a backbone's feature maps pass the model's last LayerNorm.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`):
+            Shape of a backbone's feature maps. `True`: `(batch, hidden, height, width)`, without the class token.
+            `False`: `(batch, tokens, hidden)`.
 
     Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024, sections 3.3 and 3.4.
 
@@ -49,11 +62,43 @@ class LambdaViTConfig(ViTConfig):
     fold_removed: bool = False
     drop_path_rate: float | int = 0.0
     drop_path_schedule: str = "constant"
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
 
     def __post_init__(self, **kwargs):
         if self.attention_flags is None:
             self.attention_flags = [True] * self.num_hidden_layers
+        self.set_output_features_output_indices(**{name: kwargs.pop(name, None) for name in _STAGE_ARGUMENTS})
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the feature maps a backbone can give: `"stem"`, then `"stage1"` to `"stage<num_hidden_layers>"`."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+
+    def set_output_features_output_indices(self, out_features, out_indices):
+        """
+        Choose the stages of a backbone, by name or by index; without either, the last.
+
+        Raises:
+            ValueError: if a stage is unknown, repeated or out of order, or if names and indices disagree.
+        """
+        # transformers wraps an index like -20 around, and stops at a string with a TypeError.
+        num_stages = len(self.stage_names)
+        for index in out_indices or ():
+            if isinstance(index, bool) or not isinstance(index, int) or not -num_stages <= index < num_stages:
+                raise ValueError(
+                    f"`out_indices` must hold integers from {-num_stages} to {num_stages - 1}, one per stage of"
+                    f" {self.stage_names}, got {index!r} in {out_indices}."
+                )
+        super().set_output_features_output_indices(out_features, out_indices)
+
+    def to_dict(self) -> dict:
+        # The default is left out: it follows `num_hidden_layers`, and most models are no backbones.
+        output = super().to_dict()
+        if output["out_features"] == self.stage_names[-1:]:
+            output = {name: value for name, value in output.items() if name not in _STAGE_ARGUMENTS}
+        return output
 
     @property
     def kept_layers(self) -> list[int]:
@@ -104,10 +149,25 @@ class LambdaViTConfig(ViTConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        # What the caller asks for goes first, also where transformers would prefer the file (`_attn_implementation`).
+        asked = next((kwargs[name] for name in _ATTENTION_ARGUMENTS if kwargs.get(name) is not None), None)
+        if asked is not None:
+            config_dict = {name: value for name, value in config_dict.items() if name not in _ATTENTION_ARGUMENTS}
         # transformers sets overriding arguments after validation; given to the constructor, they are validated too.
-        names = [name for name in kwargs if name in cls.__dataclass_fields__ and name != "dtype"]
+        names = [name for name in kwargs if name in {*cls.__dataclass_fields__, *_STAGE_ARGUMENTS} - {"dtype"}]
         overrides = {name: kwargs.pop(name) for name in names}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        if not overrides.keys().isdisjoint(_STAGE_ARGUMENTS):  # stages asked for by name replace those stored by index
+            config_dict = {name: value for name, value in config_dict.items() if name not in _STAGE_ARGUMENTS}
+        result = super().from_dict({**config_dict, **overrides}, **kwargs)
+        # Checked here, not in `get_config_dict`, which AutoConfig skips where this package is installed.
+        _refuse_hub_kernel(result[0] if isinstance(result, tuple) else result, asked)
+        return result
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        config = super().from_json_file(json_file)
+        _refuse_hub_kernel(config)
+        return config
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -129,6 +189,19 @@ class LambdaViTConfig(ViTConfig):
                 f" `{ViTConfig.model_type}` and `{cls.model_type}` checkpoints."
             )
         return config_dict, kwargs
+
+
+def _refuse_hub_kernel(config: LambdaViTConfig, asked: str | dict | None = None) -> None:
+    # A name like "user/kernel" makes transformers download that repository and run its code. Only the caller may ask
+    # for it, never a file that came with the weights (CVE-2026-4372). The finished config is looked at, not the file:
+    # there are several ways to say it, and `attribute_map` can rename each.
+    implementation = str(config._attn_implementation)
+    if "/" in implementation and implementation not in (asked.values() if isinstance(asked, dict) else [asked]):
+        raise ValueError(
+            f"config.json asks for the attention implementation {implementation!r}, which would run code from the Hub."
+            " If you trust it, name it yourself: from_pretrained(..., attn_implementation=...). If not, pass"
+            ' attn_implementation="sdpa", or delete it from config.json.'
+        )
 
 
 # Saved models carry this file, so that they also load where the package is not installed (`trust_remote_code=True`).

@@ -7,7 +7,6 @@ Sources: timm `VisionTransformer`; what the files of facebookresearch/deit and s
 
 import argparse
 import logging
-import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .configuration_lambda_vit import LambdaViTConfig
+from .loading import patch_grid, resize_position_embeddings, square_side
 from .modeling_lambda_vit import LambdaViTForImageClassification
 from .removal import check_layer_indices
 
@@ -103,8 +103,8 @@ def convert_checkpoint(
     _check_tensors(tensors, path)
     hidden_size, num_channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     if image_size is None:
-        image_size = _side(tensors["pos_embed"]) * patch_size
-    grid = _grid(image_size, patch_size)
+        image_size = square_side(tensors["pos_embed"]) * patch_size
+    grid = patch_grid(image_size, patch_size)
     tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid)
     num_labels = 0 if drop_head else tensors["head.bias"].numel()
     if id2label is not None and set(id2label) != set(range(num_labels)):
@@ -134,31 +134,6 @@ def convert_checkpoint(
         if fold:
             model.fold_removed_attention()
     return model.eval()
-
-
-def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """
-    Resample position embeddings to another grid of patches: bicubic, antialiased, class token untouched.
-
-    Args:
-        position_embeddings (`torch.Tensor` of shape `(1, 1 + side * side, hidden)`): class token, then a square.
-        grid (`tuple[int, int]`): patches per column and per row, (height, width).
-
-    Returns:
-        `torch.Tensor` of shape `(1, 1 + height * width, hidden)`; the argument itself if the grid is the same.
-
-    Raises:
-        ValueError: if the patches do not form a square.
-
-    Source: the rule of `timm.layers.resample_abs_pos_embed`.
-    """
-    side = _side(position_embeddings)
-    if tuple(grid) == (side, side):
-        return position_embeddings
-    class_token, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
-    patches = patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches, tuple(grid), mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([class_token, patches.permute(0, 2, 3, 1).flatten(1, 2).to(class_token.dtype)], dim=1)
 
 
 def _read_state_dict(path: Path, weights_key: str | None) -> dict:
@@ -241,25 +216,6 @@ def _check_tensors(tensors: dict, path: Path) -> None:
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
         if tensors[name].ndim != axes:
             raise ValueError(f"{name} in {path} must have {axes} axes, got shape {tuple(tensors[name].shape)}.")
-
-
-def _side(position_embeddings: torch.Tensor) -> int:
-    """Patches per side, from position embeddings `(1, 1 + side * side, hidden)`."""
-    num_patches = position_embeddings.shape[1] - 1
-    side = math.isqrt(num_patches)
-    if side < 1 or side * side != num_patches:
-        raise ValueError(
-            f"Position embeddings of shape {tuple(position_embeddings.shape)} are not those of a class token and a"
-            " square of patches. LambdaViT reads models trained on square images, with one position per token."
-        )
-    return side
-
-
-def _grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    sizes = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 and size % patch_size == 0 for size in sizes):
-        raise ValueError(f"`image_size` must be one or two multiples of the patch size {patch_size}: {image_size!r}.")
-    return sizes[0] // patch_size, sizes[1] // patch_size
 
 
 def _num_heads(width: int, wanted: int | None, path: Path) -> int:

@@ -174,7 +174,7 @@ def check_images(dataset: datasets.Dataset, limit: int = 50_000) -> None:
             f"{len(broken)} files of the dataset are no readable images: {shown}. Remove or replace them."
         )
     num_classes = dataset.features["label"].num_classes
-    bad_labels = [label for label in dataset.unique("label") if label is None or not 0 <= label < num_classes]
+    bad_labels = [label for label in set(undecoded["label"]) if label is None or not 0 <= label < num_classes]
     if bad_labels:
         raise ValueError(f"Labels {bad_labels[:5]} lie outside the {num_classes} classes of the `label` column.")
 
@@ -208,13 +208,27 @@ class ProcessedImages(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        rows = self.dataset[indices]
+        rows = self._read(indices)
         pairs = zip(rows["image"], indices, strict=True)
         images = [self._augment(to_rgb(image), index) for image, index in pairs]
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         return [
             {"pixel_values": image, "labels": label} for image, label in zip(pixel_values, rows["label"], strict=True)
         ]
+
+    def _read(self, indices: list[int]) -> dict:
+        try:
+            return self.dataset[indices]
+        except OSError as error:
+            # datasets and Pillow do not say which file it was.
+            undecoded = self.dataset.cast_column("image", datasets.Image(decode=False))
+            for index in indices:
+                try:
+                    self.dataset[index]
+                except OSError:
+                    name = undecoded[index]["image"]["path"] or f"row {index}"
+                    raise OSError(f"Image {name} cannot be decoded ({error}). Remove or replace it.") from error
+            raise
 
     def _augment(self, image: PIL.Image.Image, index: int) -> PIL.Image.Image:
         if self.augmentation is None:

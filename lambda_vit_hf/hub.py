@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import logging
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ _INDEX = "model.safetensors.index.json"
 PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
-    *("configuration_lambda_vit.py", "modeling_lambda_vit.py", "removal.py"),  # trust_remote_code runs them
+    *("configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"),  # remote code
 )
+_NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.
 _HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+_ATTENTION_KEY = re.compile(r"layers?\.(\d+)\.(?:attention|layernorm_before)")
 _CONFLICT = "another conflicting operation"
 _LONGEST_WAIT = 300.0  # seconds
 _LOST = "Pushing again is safe even if it arrived: nothing is committed twice."
@@ -79,7 +82,7 @@ def push_folder(
 
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
-            infinite; if a lambda is not 1 (see `force`). Nothing was sent then.
+            infinite, or do not fit the config; if a lambda is not 1 (see `force`). Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
 
     Example:
@@ -123,7 +126,7 @@ def push_folder(
 
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
     """The files of a model's folder that are for others, after a look at every weight. Raises as [`push_folder`]."""
-    folder, diluted = Path(folder), {}
+    folder, diluted, kept = Path(folder), {}, set()
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
     paths = [path for name, path in found.items() if any(fnmatch.fnmatchcase(name, p) for p in PUSHED_FILES)]
     shards = json.loads(found[_INDEX].read_text("utf-8"))["weight_map"] if _INDEX in found else {}
@@ -134,6 +137,7 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
+                    kept |= {int(layer) for layer in _ATTENTION_KEY.findall(key)}
                     tensor = file.get_tensor(key)
                     if not torch.isfinite(tensor).all():
                         raise ValueError(f"{path} has NaN or infinite values in {key}. Push an earlier, finite model.")
@@ -141,12 +145,27 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
                         diluted[key] = tensor.item()
         except SafetensorError as error:
             raise ValueError(f"{path} is cut short or damaged ({error}). Save the model again.") from error
+    flags = json.loads(found["config.json"].read_text("utf-8")).get("attention_flags") or []
+    if kept != {layer for layer, flag in enumerate(flags) if flag}:
+        raise ValueError(
+            f"{folder} mixes two models: its weights have attention in layers {sorted(kept)}, but the"
+            f" `attention_flags` of config.json are {flags}. Save the model again."
+        )
     if diluted and not force:
         raise ValueError(
             f"{folder} is not finished, lambda is not 1 in layers that still have attention: {diluted}. Train on, or"
             " call `remove_attention` and save again; `force=True` pushes it as it is."
         )
     return paths
+
+
+def keep_back_private_files(folder: str | Path) -> None:
+    """Add what a training run leaves for itself to a folder's `.gitignore`: the Hub keeps it out of any commit."""
+    # https://github.com/huggingface/huggingface_hub/pull/1868
+    path = Path(folder) / ".gitignore"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(dict.fromkeys([*lines, *_NOT_FOR_THE_HUB])) + "\n", "utf-8")
 
 
 @contextmanager

@@ -4,12 +4,12 @@ Everything that is not about removal is transformers' ViT. Shapes: `(batch, toke
 Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
 """
 
-import copy
-
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
     ViTEmbeddings,
@@ -21,17 +21,21 @@ from transformers.models.vit.modeling_vit import (
     ViTPooler,
     ViTPreTrainedModel,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_lambda_vit import LambdaViTConfig
-from .removal import check_layer_indices, fold_encoder_, folded_layer_norm_eps
+from .loading import (
+    check_loaded_weights,
+    patch_grid,
+    read_stored_config,
+    read_vit_key_names,
+    removal_to_do,
+    resize_position_embeddings,
+)
+from .removal import check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
 
 
-# Files on the Hub carry the key names of transformers 4. The renaming on load is looked up by class name and skips
-# subclasses: without this line every encoder weight of a ViT checkpoint would be left at its random start.
-register_checkpoint_conversion_mapping("LambdaViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True)
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_ENCODER_KEYS = ("embeddings.cls_token", "embeddings.position", "embeddings.patch", "layers.", "layernorm.")
+read_vit_key_names("LambdaViTModel", "LambdaViTBackbone")
 
 
 class LambdaViTDropPath(nn.Module):
@@ -229,6 +233,26 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
             self.config.fold_removed = True
             self._follow_config()
 
+    def set_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """
+        Change the size of images the model takes; position embeddings are interpolated (bicubic, antialiased).
+
+        Args:
+            image_size (`int` or `tuple[int, int]`): new height and width in pixels, multiples of the patch size.
+
+        Raises:
+            ValueError: if the size is no multiple of the patch size, or the present patches do not form a square.
+        """
+        embeddings, patches = self.base_model.embeddings, self.base_model.embeddings.patch_embeddings
+        grid = patch_grid(image_size, self.config.patch_size)
+        positions = embeddings.position_embeddings
+        resized = resize_position_embeddings(positions.detach(), grid)
+        embeddings.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
+        patches.num_patches = grid[0] * grid[1]
+        self.config.image_size = image_size
+        height_and_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        embeddings.image_size = patches.image_size = height_and_width
+
     def _check_attention_exists(self, layers: list[int]) -> list[int]:
         layers = check_layer_indices(layers, len(self.encoder_layers))
         removed = [index for index in layers if self.encoder_layers[index].attention is None]
@@ -257,6 +281,8 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
                 Start with these layers removed: the checkpoint is loaded whole, then `remove_attention` is called.
             fold_removed (`bool`, *optional*):
                 Fold after loading.
+            image_size (`int` or `tuple[int, int]`, *optional*):
+                Height and width of the images to come; position embeddings are interpolated.
             kwargs: everything [`PreTrainedModel.from_pretrained`] takes.
 
         Raises:
@@ -264,44 +290,31 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
                 in the model; if `attention_flags` asks for attention that the checkpoint no longer has.
         """
         return_info = kwargs.pop("output_loading_info", False)
+        image_size = kwargs.pop("image_size", None)
         wanted = {name: kwargs.pop(name) for name in ("attention_flags", "fold_removed") if name in kwargs}
         if isinstance(config, LambdaViTConfig) and (config.removed_layers or config.fold_removed):
             wanted = {"attention_flags": config.attention_flags, "fold_removed": config.fold_removed, **wanted}
         if wanted and pretrained_model_name_or_path is not None:
-            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            stored = LambdaViTConfig.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
-            config = copy.deepcopy(config) if isinstance(config, LambdaViTConfig) else stored
-            config.attention_flags, config.fold_removed = stored.attention_flags, stored.fold_removed
-            wanted = _removal_to_do(stored, **wanted)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
-        model._check_loaded_weights(info, pretrained_model_name_or_path)
+            stored, config, kwargs = read_stored_config(pretrained_model_name_or_path, config, kwargs)
+            wanted = removal_to_do(stored, **wanted)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Download or save them again."
+            ) from error
+        check_loaded_weights(model.config, info, pretrained_model_name_or_path)
         for layer in model.encoder_layers:
             _read_attention_state(layer)
         if wanted.get("layers"):
             model.remove_attention(wanted["layers"])
         if wanted.get("fold_removed"):
             model.fold_removed_attention()
+        if image_size is not None:
+            model.set_image_size(image_size)
         return (model, info) if return_info else model
-
-    def _check_loaded_weights(self, info: dict, source: str) -> None:
-        def of_encoder(keys):
-            return sorted(key for key in keys if key.removeprefix("vit.").startswith(_ENCODER_KEYS))
-
-        problems = {
-            "not in the checkpoint (they would stay random)": of_encoder(info["missing_keys"]),
-            "in the checkpoint, but not in the model (they would be lost)": of_encoder(info["unexpected_keys"]),
-            "of another shape": of_encoder(key for key, *_ in info["mismatched_keys"]),
-        }
-        lines = [f"- {len(keys)} {what}: {', '.join(keys[:4])}, ..." for what, keys in problems.items() if keys]
-        if lines:
-            raise ValueError(
-                f"The weights of {source} do not fit its configuration (attention removed in layers"
-                f" {self.config.removed_layers} of {self.config.num_hidden_layers}):\n" + "\n".join(lines) + "\nIf the"
-                " file is whole, its config.json is another model's. To start from a full checkpoint with layers"
-                " removed, pass `attention_flags=` to `from_pretrained`."
-            )
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
@@ -323,19 +336,6 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         # All doors, whichever class is saved: transformers would name this class alone.
         self.config.auto_map = {name: f"{module}.{kind.__name__}" for name, kind in _AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-
-
-def _removal_to_do(stored: LambdaViTConfig, attention_flags=None, fold_removed=None) -> dict:
-    """What is left to remove and fold after a checkpoint was loaded as it is stored."""
-    goal = copy.deepcopy(stored)
-    goal.attention_flags = stored.attention_flags if attention_flags is None else attention_flags
-    goal.validate()
-    missing = sorted(set(stored.removed_layers) - set(goal.removed_layers))
-    if missing:
-        raise ValueError(f"`attention_flags` asks for attention in layers {missing}, which the checkpoint has not.")
-    if stored.fold_removed and stored.removed_layers and fold_removed is False:
-        raise ValueError("The checkpoint is folded; it cannot be loaded with `fold_removed=False`.")
-    return {"layers": sorted(set(goal.removed_layers) - set(stored.removed_layers)), "fold_removed": fold_removed}
 
 
 class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
@@ -388,8 +388,56 @@ class LambdaViTForMaskedImageModeling(LambdaViTPreTrainedModel, ViTForMaskedImag
         self.post_init()
 
 
-# Saved models carry this file and the two it imports, so that they load where the package is not installed.
+class LambdaViTBackbone(BackboneMixin, LambdaViTModel):
+    """
+    LambdaViT as a backbone: feature maps of the stages that `config.out_features` names, for detectors and the like.
+
+    Differences from `LambdaViTModel`: no pooler; returns a `BackboneOutput`. A folded model gives the feature maps of
+    the unfolded one, to the bit.
+
+    Example:
+
+    ```python
+    >>> from lambda_vit_hf import LambdaViTBackbone
+
+    >>> backbone = LambdaViTBackbone.from_pretrained("facebook/deit-base-patch16-224", out_indices=[3, 6, 9, 12])
+    >>> [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]
+    [(1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14)]
+    ```
+    """
+
+    def __init__(self, config: LambdaViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+        """Takes `pixel_values` `(batch, channels, height, width)`, and what [`LambdaViTModel`] takes besides."""
+        output = LambdaViTModel.forward(self, pixel_values, **kwargs)
+        stages = [self.stage_names.index(name) for name in self.out_features]
+        maps = [self._feature_map(output.hidden_states[stage], stage, pixel_values.shape) for stage in stages]
+        return BackboneOutput(tuple(maps), output.hidden_states, output.attentions)
+
+    def _feature_map(self, hidden_states: torch.Tensor, stage: int, image_shape: torch.Size) -> torch.Tensor:
+        # A folded stream is smaller by the doublings up to its stage, and so is the epsilon: the last LayerNorm's own
+        # is right for the last stage only.
+        scale = [1, *residual_scales(self.config.attention_flags)][stage] if self.config.fold_removed else 1
+        if self.config.apply_layernorm:
+            norm, eps = self.layernorm, self.config.layer_norm_eps / scale**2
+            hidden_states = nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, eps)
+        else:
+            hidden_states = hidden_states * scale
+        if not self.config.reshape_hidden_states:
+            return hidden_states
+        patch_height, patch_width = self.embeddings.patch_embeddings.patch_size
+        grid = (image_shape[2] // patch_height, image_shape[3] // patch_width)
+        return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+# Saved models carry this file and the three it imports, so that they load where the package is not installed.
 _AUTO_CLASSES = {
+    "AutoBackbone": LambdaViTBackbone,
     "AutoModel": LambdaViTModel,
     "AutoModelForImageClassification": LambdaViTForImageClassification,
     "AutoModelForMaskedImageModeling": LambdaViTForMaskedImageModeling,
@@ -398,6 +446,7 @@ for _auto_class, _model_class in _AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
 
 __all__ = [
+    "LambdaViTBackbone",
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",

@@ -9,7 +9,8 @@ from transformers import Trainer, pipeline
 
 from .accounting import count_macs, count_parameters, summarize
 from .benchmarking import describe_environment, images_per_second
-from .model_card import ModelCardFacts, write_model_card
+from .callback import EntropyGuidedRemovalCallback
+from .model_card import comparison_rows, facts_of_training, hub_base_model, write_model_card
 from .modeling_lambda_vit import LambdaViTForImageClassification
 from .plotting import plot_layer_entropies, plot_training
 from .selection import AttentionSelection
@@ -37,7 +38,7 @@ def write_report(
         selection ([`AttentionSelection`]): the layers removed, and why.
         base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
         dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
-        base_model (`str`, *optional*): checkpoint started from, for the card.
+        base_model (`str`, *optional*): checkpoint started from; the card names it if it came from the Hub.
 
     Returns:
         The contents of `metrics.json`.
@@ -54,19 +55,20 @@ def write_report(
         plot_layer_entropies(selection, output_dir / "entropy.png")
     rows = comparison_rows(metrics)
     environment = metrics["environment"]
-    facts = ModelCardFacts(
-        name=output_dir.resolve().name,
-        rows=rows,
-        selection=selection,
-        training=_training_facts(trainer.args, environment),
-        dataset=dataset,
-        accuracy=accuracy,
-        measured_on=f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
-        base_model=base_model,
-        folded=model.config.fold_removed,
-        pictures=pictures,
-    )
-    write_model_card(output_dir, facts)
+    known = {
+        "rows": rows,
+        "dataset": dataset,
+        "split": "validation",
+        "accuracy": accuracy,
+        "measured_on": f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
+        "base_model": base_model and hub_base_model(model.config),
+        "pictures": pictures,
+    }
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EntropyGuidedRemovalCallback):
+            # It knows more, and writes the card that `trainer.push_to_hub()` pushes.
+            known = callback.card_facts = {**callback.card_facts, **known}
+    write_model_card(output_dir, facts_of_training(trainer.args, trainer.state, model, selection, **known))
     print(f"\n{summarize(model)}\n\n{text_table(rows)}")
     print(f"attention removed: layers {selection.layers}, chosen by {selection.strategy}")
     return metrics
@@ -93,39 +95,12 @@ def _measure(model, base, output_dir: Path, base_accuracy: float, accuracy: floa
     return {
         "before": figures(base, base_accuracy, base_bytes, "before"),
         "after": figures(model, accuracy, _weights_bytes(output_dir), "after"),
-        "environment": {**describe_environment(), "dtype": str(model.dtype).removeprefix("torch.")},
+        "environment": {**describe_environment(model.device), "dtype": str(model.dtype).removeprefix("torch.")},
     }
 
 
 def _weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _training_facts(args, environment: dict) -> dict[str, str]:
-    return {
-        "epochs": str(args.num_train_epochs),
-        "global batch size": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
-        "optimizer": f"{args.optim}, learning rate {args.learning_rate}, weight decay {args.weight_decay}",
-        "learning rate schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "seed": str(args.seed),
-        "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
-        "hardware": environment["hardware"],
-    }
-
-
-def comparison_rows(metrics: dict) -> dict[str, tuple[str, str]]:
-    """Rows of the before / after table, as printed, from the contents of `metrics.json`."""
-
-    def row(name, form):
-        return tuple(form(metrics[when][name]) for when in ("before", "after"))
-
-    return {
-        "top-1": row("top1", lambda value: f"{100 * value:.2f} %"),
-        "parameters": row("parameters", lambda value: f"{value:,}"),
-        "MACs per image": row("macs", lambda value: f"{value / 1e6:,.2f} M"),
-        "file size": row("file_bytes", lambda value: f"{value / 1e6:.3f} MB"),
-        "images/s (median)": row("images_per_second", lambda value: f"{value:,.0f}"),
-    }
 
 
 def text_table(rows: dict[str, tuple[str, str]]) -> str:

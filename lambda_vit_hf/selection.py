@@ -1,39 +1,21 @@
-"""Which attention layers a ViT can do without: NOSE, and simple choices to compare it with.
+"""Which attention layers a ViT can do without: the choice, and everything measured on the way to it.
 
-Transfer entropy of a set S of attention layers (Lin et al., CVPR 2024, section 3.2, equation 5):
-
-    TE(S) = H(output) - H(output with the layers of S masked)          (nats)
-
-NOSE takes the combination with the least transfer entropy, greedily, one layer at a time.
+NOSE takes the combination of layers with the least transfer entropy, greedily, one layer at a time.
+Source: Lin et al., CVPR 2024, section 3.2.
 """
 
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm.auto import tqdm
 
 from .calibration import CalibrationBatches
-from .entropy import GaussianEntropy
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
-
-
-OUTPUTS = ("class_head", "class_token", "token_mean")
-MASKS = ("skip", "identity")
-COMPARISONS = ("magnitude", "value")
-
-
-@dataclass
-class SelectionStep:
-    """One step of a search: the set so far, each candidate's transfer entropy with it (nats), the layer picked."""
-
-    selected: list[int]
-    transfer_entropy: dict[int, float]
-    picked: int
+from .search import COMPARISONS, MASKS, OUTPUTS, AttentionSearch, SelectionStep, rank_and_num_processes
+from .strategies import STRATEGIES
 
 
 @dataclass
@@ -45,6 +27,7 @@ class AttentionSelection:
         order: layers in the order they were picked; sorted in `layers`.
         steps: the search path, one entry per picked layer (empty for strategies that do not search).
         output_entropy: H(output) of the unmasked model.
+        transfer_entropy: of the whole set chosen.
         attention_entropy: H of each layer's attention output, `None` where there is no attention.
         mlp_entropy: H of each layer's MLP output.
         dead_channels: output channels that never change over the calibration set.
@@ -58,6 +41,7 @@ class AttentionSelection:
     compare: str
     num_images: int = 0
     output_entropy: float | None = None
+    transfer_entropy: float | None = None
     attention_entropy: list[float | None] = field(default_factory=list)
     mlp_entropy: list[float] = field(default_factory=list)
     steps: list[SelectionStep] = field(default_factory=list)
@@ -91,142 +75,6 @@ class AttentionSelection:
     def load(cls, path: str | Path) -> "AttentionSelection":
         """Read what [`~AttentionSelection.save`] wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-class AttentionSearch:
-    """
-    What a strategy works with: the candidates, how many to pick, and transfer entropy on demand.
-
-    Masking a layer leaves every block before it unchanged. So the sets of one request are walked as a tree of
-    decisions, block by block, and each shared beginning is computed once per batch. Memory grows with batch size and
-    depth, not with the number of images or sets. With several processes each takes its share of the batches.
-
-    Attributes:
-        candidates (`list[int]`): layers that still have attention.
-        num_layers (`int`): how many to pick.
-        seed (`int`): for strategies that draw.
-        steps (`list[SelectionStep]`): what `pick` recorded.
-        block_evaluations (`int`): blocks computed per calibration batch so far.
-    """
-
-    def __init__(self, model, batches, num_layers, output, mask, compare, seed, disable_tqdm):
-        self.model, self.batches, self.num_layers = model, batches, num_layers
-        self.output, self.mask, self.compare, self.seed = output, mask, compare, seed
-        self.disable_tqdm = disable_tqdm
-        self.candidates = model.config.kept_layers
-        self.steps: list[SelectionStep] = []
-        self.block_evaluations = 0
-        self.output_entropy: float | None = None
-        self.dead_channels = 0
-
-    def transfer_entropy(self, sets: Sequence[Iterable[int]]) -> list[float]:
-        """TE of each set of masked layers, in nats, in one pass over the calibration images."""
-        sets = [frozenset(layers) for layers in sets]
-        if self.output_entropy is None:
-            sets = [frozenset(), *sets]
-        estimates = [GaussianEntropy() for _ in sets]
-        blocks_before = self.block_evaluations
-        for pixel_values in self.own_batches("transfer entropy"):
-            self.block_evaluations = blocks_before
-            hidden_states = self.model.base_model.embeddings(pixel_values)
-            self._walk(hidden_states, 0, list(zip(sets, estimates, strict=True)))
-        for estimate in estimates:
-            estimate.merge_across_processes()
-        if self.output_entropy is None:
-            unmasked, *estimates = estimates
-            self.output_entropy, self.dead_channels = unmasked.value(), unmasked.dead_channels()
-        return [self.output_entropy - estimate.value() for estimate in estimates]
-
-    def pick(self, selected: list[int], transfer_entropy: dict[int, float]) -> int:
-        """The candidate with the least transfer entropy (ties: the lowest layer); the step is recorded."""
-        size = abs if self.compare == "magnitude" else float
-        picked = min(sorted(transfer_entropy), key=lambda layer: size(transfer_entropy[layer]))
-        self.steps.append(SelectionStep(sorted(selected), transfer_entropy, picked))
-        return picked
-
-    def _walk(self, hidden_states: torch.Tensor, depth: int, pending: list) -> None:
-        layers = self.model.encoder_layers
-        for index in range(depth, len(layers)):
-            masked = [pair for pair in pending if index in pair[0]]
-            pending = [pair for pair in pending if index not in pair[0]]
-            if masked:
-                scale = 2 if self.mask == "identity" else 1
-                self.block_evaluations += 1
-                self._walk(layers[index].feed_forward(scale * hidden_states), index + 1, masked)
-            if not pending:
-                return
-            self.block_evaluations += 1
-            hidden_states = layers[index](hidden_states)
-        features = self._measured(hidden_states)
-        for _, estimate in pending:
-            estimate.update(features)
-
-    def _measured(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.model.base_model.layernorm(hidden_states)
-        if self.output == "token_mean":
-            return hidden_states.mean(dim=1)
-        class_token = hidden_states[:, 0]
-        return self.model.classifier(class_token) if self.output == "class_head" else class_token
-
-    def layer_entropies(self) -> tuple[list[float | None], list[float]]:
-        """H of every attention output and of every MLP output over images and tokens, in nats, by layer."""
-        layers = self.model.encoder_layers
-        attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
-        mlp = [GaussianEntropy() for _ in layers]
-        for pixel_values in self.own_batches("layer entropies"):
-            hidden_states = self.model.base_model.embeddings(pixel_values)
-            for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
-                if of_attention is not None:
-                    of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
-                hidden_states = layer.mix_tokens(hidden_states)
-                branch = layer.mlp(layer.layernorm_after(hidden_states))
-                of_mlp.update(branch)
-                hidden_states = hidden_states + branch
-        for estimate in (*(e for e in attention if e is not None), *mlp):
-            estimate.merge_across_processes()
-        return [None if e is None else e.value() for e in attention], [e.value() for e in mlp]
-
-    def own_batches(self, description: str) -> Iterator[torch.Tensor]:
-        """This process's share of the calibration batches, on the model's device and in its dtype."""
-        rank, num_processes = _rank_and_num_processes()
-        batches = tqdm(self.batches, desc=description, total=self.batches.num_batches or None, leave=False,
-                       disable=self.disable_tqdm or rank > 0)  # fmt: skip
-        for index, pixel_values in enumerate(batches):
-            if index % num_processes == rank:
-                yield pixel_values.to(self.model.device, self.model.dtype)
-
-
-def nose(search: AttentionSearch) -> list[int]:
-    """Entropy-based selection (paper, algorithm 1): greedy, least transfer entropy of the whole set at each step."""
-    order: list[int] = []
-    while len(order) < search.num_layers:
-        candidates = [layer for layer in search.candidates if layer not in order]
-        values = search.transfer_entropy([[*order, layer] for layer in candidates])
-        order.append(search.pick(order, dict(zip(candidates, values, strict=True))))
-    return order
-
-
-def first(search: AttentionSearch) -> list[int]:
-    """The layers nearest to the image."""
-    return search.candidates[: search.num_layers]
-
-
-def last(search: AttentionSearch) -> list[int]:
-    """The layers nearest to the head."""
-    return search.candidates[::-1][: search.num_layers]
-
-
-def random_layers(search: AttentionSearch) -> list[int]:
-    """Layers drawn with `seed`."""
-    return random.Random(search.seed).sample(search.candidates, search.num_layers)
-
-
-STRATEGIES: dict[str, Callable[[AttentionSearch], list[int]]] = {
-    "nose": nose,
-    "first": first,
-    "last": last,
-    "random": random_layers,
-}
 
 
 def count_layers(num_candidates: int, num_layers: int | None, ratio: float | None) -> int:
@@ -273,7 +121,8 @@ def select_attention_layers(
         num_layers (`int`, *optional*): how many layers to choose; or
         ratio (`float`, *optional*): the fraction of the attention layers that the model has.
         strategy (`str` or callable, *optional*, defaults to `"nose"`):
-            `"nose"`, `"first"`, `"last"`, `"random"`, or a function from an [`AttentionSearch`] to layers in order.
+            `"nose"`; `"beam"`, `"exhaustive"`, `"lowest_entropy"`, `"cosine"`, `"first"`, `"last"` or `"random"`; or a
+            function from an [`AttentionSearch`] to layers in order.
         output (`str`, *optional*):
             What is measured: `"class_head"` (logits; default where there is a head), `"class_token"` or
             `"token_mean"`, both after the final LayerNorm.
@@ -311,8 +160,10 @@ def select_attention_layers(
     was_training = model.training
     model.eval()
     try:
-        attention_entropy, mlp_entropy = search.layer_entropies()
+        search.measure_layers()
         order = _same_on_every_process(list(choose(search)))
+        search_blocks = search.block_evaluations
+        (transfer_entropy,) = search.transfer_entropy([order])
     finally:
         model.train(was_training)
     return AttentionSelection(
@@ -323,23 +174,18 @@ def select_attention_layers(
         compare=compare,
         num_images=batches.num_images,
         output_entropy=search.output_entropy,
-        attention_entropy=attention_entropy,
-        mlp_entropy=mlp_entropy,
+        transfer_entropy=transfer_entropy,
+        attention_entropy=search.attention_entropy,
+        mlp_entropy=search.mlp_entropy,
         steps=search.steps,
         dead_channels=search.dead_channels,
-        block_evaluations=search.block_evaluations,
+        block_evaluations=search_blocks,
     )
-
-
-def _rank_and_num_processes() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _same_on_every_process(order: list[int]) -> list[int]:
     # Rounding may differ between processes' hardware; a model must not.
-    if _rank_and_num_processes()[1] > 1:
+    if rank_and_num_processes()[1] > 1:
         shared = [order]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]

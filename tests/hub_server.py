@@ -4,6 +4,7 @@ Models only, in memory, without Xet. Blob ids are git's sha1, large files are LF
 """
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 @dataclass
@@ -80,6 +83,44 @@ class Repo:
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.data for path, blob in self.find(revision).files.items()}
+
+
+def is_ignored(path: str, gitignore: str) -> bool:
+    """By the simpler rules of gitignore: `*`, a slash in front for the top level, a slash behind for folders."""
+    parts = path.split("/")
+    for pattern in gitignore.splitlines():
+        names = parts[:-1] if pattern.endswith("/") else parts
+        names = names[:1] if pattern.startswith("/") else names
+        if any(fnmatch.fnmatchcase(name, pattern.strip("/")) for name in names):
+            return True
+    return False
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub would find wrong with a card's metadata: the types of the keys used here, and the model-index."""
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError as error:
+        return [f"YAML: {error}"]
+    texts = ("license", "library_name", "pipeline_tag", "base_model", "base_model_relation")
+    errors = [f'"{key}" must be a string' for key in texts if not isinstance(metadata.get(key, ""), str)]
+    for key in ("tags", "datasets"):
+        values = metadata.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            errors.append(f'"{key}" must be a list of strings')
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(metadata.get("base_model", "x"))):
+        errors.append('"base_model" must be a model id')
+    if metadata.get("base_model_relation", "finetune") not in ("finetune", "adapter", "merge", "quantized"):
+        errors.append('"base_model_relation" is unknown')
+    for entry in metadata.get("model-index", []):
+        for result in entry.get("results", []):
+            for key, names in {"task": ["type"], "dataset": ["type", "name"]}.items():
+                missing = [name for name in names if not isinstance(result.get(key, {}).get(name), str)]
+                errors += [f'"model-index" lacks {key}.{name}' for name in missing]
+            if not all("type" in metric and "value" in metric for metric in result.get("metrics", [{}])):
+                errors.append('"model-index" has metrics without type or value')
+    return errors
 
 
 class HubError(Exception):
@@ -170,15 +211,18 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, answer
 
     def validate_yaml(self):
-        return 200, {"errors": [], "warnings": []}
+        errors = metadata_errors(json.loads(self.body)["content"])
+        return 400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []}
 
     def preupload(self, revision):
-        stored, files = self.repo.find(revision).files, []
-        for file in json.loads(self.body)["files"]:
+        stored, files, asked = self.repo.find(revision).files, [], json.loads(self.body)
+        hosted = stored[".gitignore"].data.decode() if ".gitignore" in stored else ""
+        for file in asked["files"]:
             path = file["path"]
             mode = "lfs" if LFS_FILE.match(path) and file["size"] > LFS_MINIMUM_BYTES else "regular"
             oid = stored[path].oid if path in stored else None
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignored = is_ignored(path, asked.get("gitIgnore", hosted))
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return 200, {"files": files}
 
     def lfs_batch(self):

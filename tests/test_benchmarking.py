@@ -80,7 +80,7 @@ def test_the_environment_says_what_a_figure_was_measured_on(monkeypatch):
 def test_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA Test 9000")
-    assert describe_environment()["hardware"] == "NVIDIA Test 9000"
+    assert describe_environment("cuda")["hardware"] == "NVIDIA Test 9000"
 
 
 def test_a_system_without_cpuinfo_still_has_a_name(monkeypatch):

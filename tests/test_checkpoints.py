@@ -128,3 +128,10 @@ def test_other_names_are_no_checkpoints(tmp_path):
 def test_a_file_with_the_name_of_a_checkpoint_is_passed_over(checkpoint):
     (checkpoint.parent / "checkpoint-11").write_text("an archive, or a note")
     assert find_resumable_checkpoint(checkpoint.parent) == checkpoint
+
+
+def test_a_missing_shard_is_noticed(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors" in what_is_broken(checkpoint)

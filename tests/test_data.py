@@ -385,3 +385,15 @@ def test_a_batch_has_the_shapes_and_types_the_model_takes():
     assert batch["pixel_values"].shape == (4, 3, 8, 6) and batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [0, 1, 2, 3] and batch["labels"].dtype == torch.int64
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    for index in range(6):
+        path = tmp_path / ("cat" if index % 2 else "dog") / f"{index}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:400])  # a download that broke off: the header is fine
+    whole = datasets.concatenate_datasets(list(load_image_dataset(directory=tmp_path).values()))
+    images = ProcessedImages(whole, ViTImageProcessor(size={"height": 8, "width": 8}))
+    with pytest.raises(OSError, match=r"5\.jpg cannot be decoded"):
+        images.__getitems__(list(range(6)))

@@ -70,6 +70,7 @@ class Client:
 ROOT = Path(__file__).parents[1]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
+REMOTE_CODE = {"configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"}
 WORKER = """
 import contextlib, io, json, os, sys, traceback
 
@@ -211,9 +212,8 @@ result = torch.equal(logits(folder), logits("tester/by-model"))
 """
     )
     assert client.run(code, folder=str(folder)) is True
-    assert set(hub.repos["tester/by-model"].files()) == {
-        ".gitattributes", "README.md", "config.json", "model.safetensors"
-    }  # fmt: skip
+    expected = {".gitattributes", "README.md", "config.json", "model.safetensors"} | REMOTE_CODE
+    assert set(hub.repos["tester/by-model"].files()) == expected
 
 
 def test_only_files_meant_for_others_arrive(client, hub, folder):
@@ -225,6 +225,7 @@ def test_only_files_meant_for_others_arrive(client, hub, folder):
         "metrics.json",
         "model.safetensors",
         "preprocessor_config.json",
+        *REMOTE_CODE,
     }
     assert set(hub.repos["tester/tiny"].files()) - {".gitattributes"} == expected
     for name in expected:
@@ -437,6 +438,37 @@ def test_a_folder_without_a_whole_model_is_refused_before_any_request(client, hu
     assert "config.json" in push_fails(client, folder, "ValueError")
     assert "no whole model" in push_fails(client, folder / "nowhere", "ValueError")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("flags", [[True, True, True], [False, False, True], [True, True, False]])
+def test_weights_that_do_not_fit_the_config_are_refused_even_if_forced(client, hub, folder, flags):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_flags": flags}))
+    message = push_fails(client, folder, "ValueError", force=True)
+    assert "attention in layers [0, 2]" in message and str(flags) in message
+    assert hub.requests == []
+
+
+def test_whatever_uploads_the_folder_private_files_stay_behind(client, hub, folder):
+    (folder / ".gitignore").write_text("notes.txt")
+    for name in ("base/model.safetensors", "runs/events.out"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(b"x" * 1000)
+    code = """
+from lambda_vit_hf.hub import keep_back_private_files
+keep_back_private_files(folder)
+keep_back_private_files(folder)
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/tiny")
+HfApi().upload_folder(repo_id="tester/tiny", folder_path=folder, ignore_patterns=["checkpoint-*"])
+"""
+    client.run(code, folder=str(folder))
+    arrived = set(hub.repos["tester/tiny"].files())
+    assert not arrived & {"optimizer.pt", "training_args.bin", ".env", "notes.txt"}
+    assert not [name for name in arrived if "/" in name]
+    assert {"config.json", "model.safetensors", "README.md"} <= arrived
+    lines = (folder / ".gitignore").read_text().splitlines()
+    assert lines[0] == "notes.txt" and len(lines) == len(set(lines))
 
 
 def test_offline_the_script_says_so_and_how_to_go_on(hub, folder, tmp_path):

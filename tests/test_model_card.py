@@ -2,13 +2,25 @@
 
 import ast
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from lambda_vit_hf.model_card import ModelCardFacts, card_metadata, markdown_table, write_model_card
+from lambda_vit_hf.model_card import (
+    BEGIN,
+    END,
+    ModelCardFacts,
+    card_metadata,
+    final_evaluation,
+    hub_base_model,
+    markdown_table,
+    write_model_card,
+)
 from lambda_vit_hf.selection import AttentionSelection, SelectionStep
+
+from .hub_server import metadata_errors
 
 
 @pytest.fixture
@@ -36,6 +48,7 @@ def facts(selection):
         "selection": selection,
         "training": {"epochs": "30", "hardware": "a test machine"},
         "dataset": "digits",
+        "split": "validation",
         "accuracy": 0.8123,
         "measured_on": "a test machine, float32",
         "base_model": "facebook/deit-base-patch16-224",
@@ -226,3 +239,169 @@ def test_a_card_is_replaced_by_the_next(facts, tmp_path):
 
 def test_the_folder_may_be_given_as_text(facts, tmp_path):
     assert write_model_card(str(tmp_path), facts()).is_file()
+
+
+def test_the_usage_example_names_the_repository_where_it_is_known(facts, tmp_path):
+    _, text = parts(tmp_path, facts(repo_id="me/elsewhere"))
+    assert pipeline_model(text) == "me/elsewhere"
+    assert headings(text)[0] == "# lambda-vit-tiny"
+
+
+def test_a_model_without_a_class_head_is_not_put_into_a_classification_pipeline(facts, tmp_path):
+    metadata, text = parts(tmp_path, facts(is_classifier=False, accuracy=None))
+    assert "pipeline_tag" not in metadata
+    assert "image-classification" not in text
+    assert "AutoModel.from_pretrained" in text
+
+
+def test_the_hub_finds_nothing_wrong_with_the_metadata(facts, tmp_path):
+    card = write_model_card(tmp_path, facts(language="en", tags=["tiny"])).read_text()
+    assert metadata_errors(card) == []
+    assert metadata_errors(card.replace("facebook/deit-base-patch16-224", "/home/me/vit")) != []
+
+
+def test_an_unfinished_model_says_so_and_has_no_results(facts, tmp_path):
+    metadata, text = parts(tmp_path, facts(progress="step 5 of 12, lambda = 0.5", rows={}, accuracy=None))
+    assert "training-in-progress" in metadata["tags"]
+    assert "model-index" not in metadata
+    assert "**Not finished**" in text and "step 5 of 12, lambda = 0.5" in text
+    assert "To be removed: the attention of layers [0, 2]" in text
+    assert "were removed" not in text and "## Before and after" not in text
+
+
+def test_of_several_datasets_none_is_credited_with_the_accuracy(facts, tmp_path):
+    metadata, _ = parts(tmp_path, facts(dataset=["a", "b"]))
+    assert metadata["datasets"] == ["a", "b"]
+    assert "model-index" not in metadata
+
+
+# A card belongs to its user: our text and our keys are added to it, and nothing else changes.
+
+USER_CARDS = {
+    "empty": b"",
+    "text only": b"# Mine\n\nAbout it.\n",
+    "no newline at the end": b"# Mine",
+    "metadata with comments": b"---\n# who may use it\nlicense: mit   # really\nfoo: [1,  2]\n---\n# Mine\n",
+    "metadata only": b"---\nlicense: mit\n---\n",
+    "Windows": b"---\r\nlicense: mit\r\nfoo: bar\r\n---\r\n# Mine\r\n\r\nAbout it.\r\n",
+    "not UTF-8": b"# Gr\xfc\xdfe\n",
+    "a lone marker": f"# Mine\n{BEGIN}\nAbout it.\n".encode(),
+    "edited card of the Trainer": b"---\ntags:\n- generated_from_trainer\n---\n# Mine\n\nRewritten.\n",
+}
+
+
+def without_ours(card: bytes) -> bytes:
+    text = re.sub(rb"(?m)^# lambda-vit-hf:begin\r?\n(.*\r?\n)*?# lambda-vit-hf:end\r?\n", b"", card)
+    begin, end = text.rindex(BEGIN.encode()), text.rindex(END.encode())
+    return text[:begin] + text[end + len(END) :]
+
+
+@pytest.mark.parametrize("card", USER_CARDS.values(), ids=USER_CARDS)
+def test_what_the_user_wrote_stays_byte_for_byte(facts, tmp_path, card):
+    path = tmp_path / "README.md"
+    path.write_bytes(card)
+    write_model_card(tmp_path, facts(accuracy=0.5))
+    first = path.read_bytes()
+    write_model_card(tmp_path, facts(accuracy=0.25))
+    second = path.read_bytes()
+    assert without_ours(first) == without_ours(second), "the second card changed what is the user's"
+    left = without_ours(second)
+    if not card.startswith(b"---"):
+        left = left.removeprefix(b"---\n---\n")
+    assert left.startswith(card) and not left[len(card) :].strip()
+    write_model_card(tmp_path, facts(accuracy=0.5))
+    assert path.read_bytes() == first, "the same facts give another card"
+
+
+def test_text_below_ours_stays_below(facts, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nAfterword.\n")
+    _, text = parts(tmp_path, facts())
+    assert text.startswith("# Mine\n\n") and text.endswith(f"{END}\n\nAfterword.\n")
+    assert "old" not in text and text.count(BEGIN) == 1
+
+
+def test_keys_that_the_user_set_are_kept_and_ours_follow_the_facts(facts, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\ntags: [mine]\nwidget: []\n---\n# Mine\n")
+    parts(tmp_path, facts(accuracy=0.5, dataset="first"))
+    metadata, _ = parts(tmp_path, facts(accuracy=0.25, dataset="second"))
+    assert (metadata["license"], metadata["tags"], metadata["widget"]) == ("mit", ["mine"], [])
+    assert metadata["datasets"] == ["second"]
+    assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    unknown, _ = parts(tmp_path, facts(accuracy=None, dataset=None))
+    assert not {"datasets", "model-index"} & set(unknown), "a fact no longer known is still on the card"
+
+
+@pytest.mark.parametrize("block", ["license: [mit", "{license: mit}", "- license", "just words"])
+def test_metadata_that_cannot_be_added_to_stays_and_is_reported(facts, tmp_path, block, caplog):
+    path = tmp_path / "README.md"
+    path.write_text(f"---\n{block}\n---\n# Mine\n")
+    write_model_card(tmp_path, facts())
+    assert path.read_text().startswith(f"---\n{block}\n---\n# Mine\n")
+    assert "81.23 %" in path.read_text()
+    assert "left as it is" in caplog.text
+
+
+def test_the_generic_card_of_the_trainer_is_replaced(facts, tmp_path):
+    from transformers.modelcard import TrainingSummary
+
+    generic = TrainingSummary("out", tags="generated_from_trainer", eval_results={}, hyperparameters={"seed": 1})
+    generic.eval_lines = []
+    (tmp_path / "README.md").write_text(generic.to_model_card())
+    metadata, text = parts(tmp_path, facts())
+    assert "generated_from_trainer" not in metadata["tags"]
+    assert text.startswith(f"\n{BEGIN}\n# lambda-vit-tiny")
+    assert "More information needed" not in text
+
+
+def test_a_marker_in_a_name_does_not_end_our_section(facts, tmp_path):
+    for _ in range(2):
+        _, text = parts(tmp_path, facts(name=f"a {END} b", training={BEGIN: END}))
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+
+
+# What the Trainer's log tells of the weights that are left.
+
+
+def log(*entries) -> list[dict]:
+    return [{"step": step, "eval_accuracy": value, "lambda": lam} for step, value, lam in entries]
+
+
+TRAINED = [{"step": 12, "train_runtime": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("history", "best", "expected"),
+    [
+        (log((6, 0.9, 0.5), (12, 0.7, 0.0)) + TRAINED, None, 0.7),
+        (log((6, 0.9, 0.5), (10, 0.8, 0.0)) + TRAINED, None, None),
+        (log((12, 0.7, 0.25)) + TRAINED, None, None),
+        (log((9, 0.8, 0.0), (12, 0.7, 0.0)) + TRAINED, 9, 0.8),
+        (log((9, 0.8, 0.0), (12, 0.7, 0.0)) + TRAINED + log((12, 0.6, 0.0)), 9, 0.6),
+        ([], None, None),
+    ],
+    ids=["after the last step", "too early", "half-diluted", "of the best", "after training", "none"],
+)
+def test_only_an_evaluation_of_the_weights_that_are_left_counts(history, best, expected):
+    args = SimpleNamespace(load_best_model_at_end=best is not None)
+    state = SimpleNamespace(global_step=12, best_global_step=best, log_history=history)
+    assert final_evaluation(args, state).get("eval_accuracy") == expected
+
+
+def test_how_long_an_evaluation_took_is_no_metric():
+    entry = {"step": 1, "lambda": 0.0, "epoch": 1.0, "eval_loss": 2.0, "eval_runtime": 3, "eval_samples_per_second": 4}
+    state = SimpleNamespace(global_step=1, best_global_step=None, log_history=[entry])
+    assert final_evaluation(SimpleNamespace(load_best_model_at_end=False), state) == {"eval_loss": 2.0}
+
+
+def test_a_local_folder_is_no_base_model(model, tmp_path):
+    from lambda_vit_hf import LambdaViTForImageClassification
+
+    assert hub_base_model(model.config) is None
+    model.save_pretrained(tmp_path / "me" / "vit")
+    loaded = LambdaViTForImageClassification.from_pretrained(tmp_path / "me" / "vit")
+    assert hub_base_model(loaded.config) is None
+    # Nor is one that has been deleted since, even if its name looks like an id.
+    loaded.config._name_or_path = "me/vit"
+    assert hub_base_model(loaded.config) is None

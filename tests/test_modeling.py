@@ -1,7 +1,10 @@
 import copy
 import json
+import os
+import pickle
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -298,6 +301,55 @@ def test_saved_names_are_the_modules_names(model, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as weights:
         assert set(weights.keys()) == set(model.state_dict())
+
+
+def test_position_embeddings_are_interpolated_for_another_image_size(model, vit_folder, tmp_path):
+    larger = LambdaViTForImageClassification.from_pretrained(vit_folder, image_size=32)
+    expected = timm.layers.resample_abs_pos_embed(model.vit.embeddings.position_embeddings, [8, 8])
+    torch.testing.assert_close(larger.vit.embeddings.position_embeddings, expected)
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    larger.save_pretrained(tmp_path)
+    restored = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert restored.config.image_size == 32
+    assert torch.equal(logits(restored, pixel_values), logits(larger, pixel_values))
+    with pytest.raises(ValueError, match="multiples of the patch size 4"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder, image_size=30)
+
+
+def test_the_classifier_is_replaced_only_when_asked(vit_folder):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder, num_labels=9)
+    replaced = LambdaViTForImageClassification.from_pretrained(vit_folder, num_labels=9, ignore_mismatched_sizes=True)
+    assert replaced.classifier.weight.shape == (9, 32)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "longer", "garbage"])
+def test_damaged_weights_are_named(vit_folder, damage):
+    path = vit_folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes({"cut short": whole[: len(whole) // 2], "longer": whole + b"x", "garbage": b"x" * 100}[damage])
+    with pytest.raises(OSError, match=r"are damaged.*Download or save them again"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder)
+
+
+def test_a_folder_without_weights_is_named(vit_folder):
+    (vit_folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(vit_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (vit_folder / "model.safetensors").unlink()
+    torch.save({"vit.layernorm.weight": Hostile()}, vit_folder / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        LambdaViTForImageClassification.from_pretrained(vit_folder)
+    assert not (tmp_path / "executed").exists()
 
 
 # Methods: bad input.

@@ -1,12 +1,14 @@
 import copy
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from lambda_vit_hf import LambdaViTModel, select_attention_layers
+from lambda_vit_hf import LambdaViTForImageClassification, LambdaViTModel, select_attention_layers, strategies
 from lambda_vit_hf.selection import AttentionSelection, count_layers
+from lambda_vit_hf.strategies import beam
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_shared_beginnings_are_computed_once(model, images):
     for layer in model.encoder_layers:
         layer.mlp.register_forward_hook(lambda *_: blocks.append(1))
     selection = select_attention_layers(model, images, num_layers=3, batch_size=40)
-    search_blocks = len(blocks) - 6  # the layers' own entropies take one pass of 6 blocks
+    search_blocks = len(blocks) - 6 - 6  # the layers' own entropies, and the chosen set's, take one pass each
     assert search_blocks == selection.block_evaluations
     naive = 6 * (1 + 6 + 5 + 4)
     assert selection.block_evaluations < 0.75 * naive
@@ -125,6 +127,56 @@ def test_first_last_and_random(model, images):
     assert select_attention_layers(model, images, num_layers=2, strategy="last").layers == [4, 5]
     drawn = select_attention_layers(model, images, num_layers=3, strategy="random", seed=5).order
     assert drawn == random.Random(5).sample(range(6), 3)
+
+
+def test_exhaustive_search_finds_the_least_of_all_sets(model, images):
+    sets = list(itertools.combinations(range(6), 3))
+    values = {}
+
+    def measure_all(search):
+        values.update(zip(sets, search.transfer_entropy(sets), strict=True))
+        return [0, 1, 2]
+
+    select_attention_layers(model, images, num_layers=3, strategy=measure_all)
+    best = min(sets, key=lambda chosen: abs(values[chosen]))
+    selection = select_attention_layers(model, images, num_layers=3, strategy="exhaustive")
+    assert selection.layers == list(best)
+    assert selection.transfer_entropy == pytest.approx(values[best])
+
+
+def test_too_many_sets_for_an_exhaustive_search_are_refused(images, monkeypatch, model):
+    monkeypatch.setattr(strategies, "MOST_SETS", 19)
+    with pytest.raises(ValueError, match="20 sets are too many"):
+        select_attention_layers(model, images, num_layers=3, strategy="exhaustive")
+
+
+def test_a_beam_of_one_is_nose_and_a_full_beam_is_exhaustive(model, images):
+    narrow, nose = (select_attention_layers(model, images, num_layers=3, strategy=s) for s in (beam(1), "nose"))
+    assert narrow.order == nose.order
+    full = select_attention_layers(model, images, num_layers=3, strategy=beam(99))
+    exhaustive = select_attention_layers(model, images, num_layers=3, strategy="exhaustive")
+    assert full.layers == exhaustive.layers
+    middle = select_attention_layers(model, images, num_layers=3, strategy="beam")
+    for other in (middle, nose):
+        assert abs(exhaustive.transfer_entropy) <= abs(other.transfer_entropy)
+
+
+def test_lowest_entropy_sorts_by_the_attentions_own_entropy(model, images):
+    selection = select_attention_layers(model, images, num_layers=2, strategy="lowest_entropy")
+    assert selection.order == sorted(range(6), key=lambda layer: selection.attention_entropy[layer])[:2]
+
+
+def test_cosine_takes_the_layers_that_turn_the_stream_least(model, images):
+    streams = []
+    for layer in model.encoder_layers:
+        layer.register_forward_pre_hook(lambda module, args: streams.append((args[0], module.mix_tokens(args[0]))))
+    with torch.no_grad():
+        model(images)
+    influence = [(1 - torch.cosine_similarity(x, mixed, dim=-1)).mean().item() for x, mixed in streams]
+    for layer in model.encoder_layers:
+        layer._forward_pre_hooks.clear()
+    selection = select_attention_layers(model, images, num_layers=3, strategy="cosine", batch_size=7)
+    assert selection.order == sorted(range(6), key=influence.__getitem__)[:3]
 
 
 def test_a_strategy_can_be_a_users_function(model, images):
@@ -192,3 +244,30 @@ def test_an_empty_calibration_set_is_an_error(model, nothing):
 def test_a_plain_vit_is_refused_with_a_hint(vit, images):
     with pytest.raises(ValueError, match="LambdaViT"):
         select_attention_layers(vit, images, num_layers=1)
+
+
+def select_in_one_of_two_processes(rank, folder, images):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = LambdaViTForImageClassification.from_pretrained(folder).double()
+    # A ragged share: 40 images in batches of 7 make 6 batches, the last of 5 images.
+    for strategy in ("nose", "cosine"):
+        selection = select_attention_layers(model, images, num_layers=3, strategy=strategy, batch_size=7)
+        selection.save(f"{folder}/{strategy}-{rank}.json")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_select_what_one_does(model, images, tmp_path):
+    images = images.double()
+    model.save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(select_in_one_of_two_processes, (str(tmp_path), images), nprocs=2)
+    for strategy in ("nose", "cosine"):
+        alone = select_attention_layers(model.double(), images, num_layers=3, strategy=strategy, batch_size=7)
+        first, second = (AttentionSelection.load(tmp_path / f"{strategy}-{rank}.json") for rank in (0, 1))
+        assert first == second, "the processes disagree"
+        assert first.order == alone.order
+        assert first.attention_entropy == pytest.approx(alone.attention_entropy, rel=1e-9)
+        assert first.transfer_entropy == pytest.approx(alone.transfer_entropy, rel=1e-9)
+        assert first.num_images == alone.num_images == 40
+        for ours, expected in zip(first.steps, alone.steps, strict=True):
+            assert ours.transfer_entropy == pytest.approx(expected.transfer_entropy, rel=1e-9)

@@ -1,0 +1,97 @@
+"""Ways to choose attention layers: NOSE, wider searches, and the simple rules they are compared with.
+
+A strategy is a function from an [`AttentionSearch`] to layers, in the order picked.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+
+from .search import AttentionSearch
+
+
+MOST_SETS = 5000
+
+
+def nose(search: AttentionSearch) -> list[int]:
+    """Entropy-based selection (paper, algorithm 1): greedy, least transfer entropy of the whole set at each step."""
+    order: list[int] = []
+    while len(order) < search.num_layers:
+        candidates = [layer for layer in search.candidates if layer not in order]
+        values = search.transfer_entropy([[*order, layer] for layer in candidates])
+        order.append(search.pick(order, dict(zip(candidates, values, strict=True))))
+    return order
+
+
+def beam(width: int = 4) -> Callable[[AttentionSearch], list[int]]:
+    """As [`nose`], but the `width` best sets are followed at each step; `beam(1)` is NOSE."""
+
+    def beam_search(search: AttentionSearch) -> list[int]:
+        orders: list[list[int]] = [[]]
+        for _ in range(search.num_layers):
+            longer = {
+                frozenset([*order, layer]): [*order, layer]
+                for order in orders
+                for layer in search.candidates
+                if layer not in order
+            }
+            values = search.transfer_entropy(list(longer))
+            ranked = sorted(zip(values, longer.values(), strict=True), key=lambda pair: search.size(pair[0]))
+            orders = [order for _, order in ranked[:width]]
+        return orders[0]
+
+    return beam_search
+
+
+def exhaustive(search: AttentionSearch) -> list[int]:
+    """
+    The set of least transfer entropy among all.
+
+    Raises:
+        ValueError: if there are more than `MOST_SETS` sets.
+    """
+    number = math.comb(len(search.candidates), search.num_layers)
+    if number > MOST_SETS:
+        raise ValueError(f"{number:,} sets are too many to try (at most {MOST_SETS:,}): use 'nose' or 'beam'.")
+    sets = list(itertools.combinations(search.candidates, search.num_layers))
+    values = search.transfer_entropy(sets)
+    return list(min(zip(values, sets, strict=True), key=lambda pair: search.size(pair[0]))[1])
+
+
+def lowest_entropy(search: AttentionSearch) -> list[int]:
+    """The layers whose own attention output has the least entropy."""
+    return sorted(search.candidates, key=lambda layer: search.attention_entropy[layer])[: search.num_layers]
+
+
+def cosine(search: AttentionSearch) -> list[int]:
+    """The layers that turn the stream least (see [`AttentionSearch.attention_influence`])."""
+    influence = search.attention_influence()
+    return sorted(search.candidates, key=influence.get)[: search.num_layers]
+
+
+def first(search: AttentionSearch) -> list[int]:
+    """The layers nearest to the image."""
+    return search.candidates[: search.num_layers]
+
+
+def last(search: AttentionSearch) -> list[int]:
+    """The layers nearest to the head."""
+    return search.candidates[::-1][: search.num_layers]
+
+
+def random_layers(search: AttentionSearch) -> list[int]:
+    """Layers drawn with `seed`."""
+    return random.Random(search.seed).sample(search.candidates, search.num_layers)
+
+
+STRATEGIES: dict[str, Callable[[AttentionSearch], list[int]]] = {
+    "nose": nose,
+    "beam": beam(),
+    "exhaustive": exhaustive,
+    "lowest_entropy": lowest_entropy,
+    "cosine": cosine,
+    "first": first,
+    "last": last,
+    "random": random_layers,
+}
