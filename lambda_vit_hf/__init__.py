@@ -1,5 +1,7 @@
 """Vision transformers with fewer attention layers, inside the Hugging Face ecosystem."""
 
+import importlib
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -31,15 +33,13 @@ AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClass
 AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
-_TRAINING = ("EntropyGuidedRemovalCallback", "StopOnNonFiniteGradient")
+_TRAINING = {"EntropyGuidedRemovalCallback": "callback", "StopOnNonFiniteGradient": "guards"}
 
 
 def __getattr__(name: str):
     # Imported when asked for: a served model needs nothing of the `train` extra.
     if name in _TRAINING:
-        from . import callback
-
-        return getattr(callback, name)
+        return getattr(importlib.import_module(f".{_TRAINING[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -141,6 +141,18 @@ def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[in
     return torch.cat([class_token, patches.permute(0, 2, 3, 1).flatten(1, 2).to(class_token.dtype)], dim=1)
 
 
+def set_image_size(embeddings: nn.Module, config: LambdaViTConfig, image_size: int | tuple[int, int]) -> None:
+    """Fit the embeddings of a ViT and its configuration to images of another height and width, in pixels."""
+    grid = patch_grid(image_size, config.patch_size)
+    positions = embeddings.position_embeddings
+    resized = resize_position_embeddings(positions.detach(), grid)
+    embeddings.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
+    embeddings.patch_embeddings.num_patches = grid[0] * grid[1]
+    config.image_size = image_size
+    height_and_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    embeddings.image_size = embeddings.patch_embeddings.image_size = height_and_width
+
+
 def square_side(position_embeddings: torch.Tensor) -> int:
     """Patches per side, from position embeddings `(1, 1 + side * side, hidden)`."""
     num_patches = position_embeddings.shape[1] - 1

@@ -26,11 +26,10 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_lambda_vit import LambdaViTConfig
 from .loading import (
     check_loaded_weights,
-    patch_grid,
     read_stored_config,
     read_vit_key_names,
     removal_to_do,
-    resize_position_embeddings,
+    set_image_size,
 )
 from .removal import check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
 
@@ -243,15 +242,7 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         Raises:
             ValueError: if the size is no multiple of the patch size, or the present patches do not form a square.
         """
-        embeddings, patches = self.base_model.embeddings, self.base_model.embeddings.patch_embeddings
-        grid = patch_grid(image_size, self.config.patch_size)
-        positions = embeddings.position_embeddings
-        resized = resize_position_embeddings(positions.detach(), grid)
-        embeddings.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
-        patches.num_patches = grid[0] * grid[1]
-        self.config.image_size = image_size
-        height_and_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        embeddings.image_size = patches.image_size = height_and_width
+        set_image_size(self.base_model.embeddings, self.config, image_size)
 
     def _check_attention_exists(self, layers: list[int]) -> list[int]:
         layers = check_layer_indices(layers, len(self.encoder_layers))

@@ -10,10 +10,11 @@ from accelerate import PartialState
 from transformers import Trainer, ViTImageProcessor, set_seed
 
 from .arguments import DataArguments, LambdaTrainingArguments, ModelArguments, RemovalArguments
-from .callback import EntropyGuidedRemovalCallback, StopOnNonFiniteGradient
+from .callback import EntropyGuidedRemovalCallback
 from .checkpoints import find_resumable_checkpoint, what_is_broken
 from .configuration_lambda_vit import LambdaViTConfig
 from .data import ProcessedImages, check_images, collate, load_image_dataset, random_shift
+from .guards import StopOnNonFiniteGradient
 from .metrics import classification_metrics
 from .modeling_lambda_vit import LambdaViTForImageClassification
 from .reporting import classify_one, write_report
@@ -84,6 +85,7 @@ def run_training(
     base = copy.deepcopy(model).cpu()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     accuracy = trainer.evaluate()["eval_accuracy"]
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # not before the card has the measured figures
     trainer.save_model()
     metrics = {}
     if trainer.is_world_process_zero():
@@ -98,6 +100,9 @@ def run_training(
         )
         classify_one(output_dir, dataset["validation"])
     PartialState().wait_for_everyone()
+    training_args.push_to_hub = push
+    if push:
+        trainer.push_to_hub()
     return metrics
 
 

@@ -8,9 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from lambda_vit_hf.card_sections import BEGIN, END
 from lambda_vit_hf.model_card import (
-    BEGIN,
-    END,
     ModelCardFacts,
     card_metadata,
     final_evaluation,

@@ -157,8 +157,7 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     size = sum(value.square().sum() for value in weights[1].values()).sqrt()
     assert difference < 0.01 * size
     assert abs(two["after"]["top1"] - one["after"]["top1"]) <= 0.02
-    # Lambda is 0 from step 7 of 11 on. DDP then hands out zeros as gradients of attention that is off; neither weight
-    # decay nor momentum may move it.
+    # Lambda is 0 from step 7 of 11 on: neither weight decay nor momentum may move attention that is off.
     before, after = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (8, 11))
     off = [name for name in before for layer in two["layers"] if f"layers.{layer}.attention." in name]
     assert len(off) == 2 * 8
