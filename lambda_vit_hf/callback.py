@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from .calibration import evenly_spaced, fixed_randomness
 from .dilution import DilutionSchedule
 from .hub import keep_back_private_files
+from .loading import check_finished
 from .model_card import facts_of_training, model_size, push_with_card, write_model_card
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
 from .removal import check_layer_indices
@@ -175,10 +176,9 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         self._write_card(args, state, model)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
-        lambdas = {layer: value for layer, value in enumerate(model.attention_lambdas) if value not in (None, 1.0)}
         # `should_save` is set until a checkpoint is saved, and with it pushed: that is a backup, and marked as one.
-        if lambdas and not control.should_save:
-            raise ValueError(f"Nothing was pushed: lambda is not 1 in layers {lambdas}. Train on, or remove them.")
+        if not control.should_save:
+            check_finished(model.attention_lambdas)
         if state.is_world_process_zero:
             keep_back_private_files(args.output_dir)
             if self.selection is not None:

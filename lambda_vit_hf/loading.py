@@ -1,6 +1,6 @@
 """Loading, exactly or not at all: names of weights, what is left to remove, whether all arrived, other image sizes.
 
-Saved models carry this file too: it imports from torch, transformers and the configuration only.
+Saved models carry this file too: it imports from torch, transformers, configuration and removal only.
 """
 
 import copy
@@ -11,9 +11,11 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_lambda_vit import LambdaViTConfig
+from .removal import check_layer_indices
 
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+WANTED_REMOVAL = ("attention_flags", "removed_layers", "fold_removed")
 _ENCODER_KEYS = ("embeddings.cls_token", "embeddings.position", "embeddings.patch", "layers.", "layernorm.")
 
 
@@ -58,7 +60,10 @@ def read_stored_config(
 
 
 def removal_to_do(
-    stored: LambdaViTConfig, attention_flags: list[bool] | None = None, fold_removed: bool | None = None
+    stored: LambdaViTConfig,
+    attention_flags: list[bool] | None = None,
+    removed_layers: list[int] | None = None,
+    fold_removed: bool | None = None,
 ) -> dict:
     """
     What is left to do after a checkpoint was loaded as it is stored.
@@ -66,6 +71,7 @@ def removal_to_do(
     Args:
         stored (`LambdaViTConfig`): The checkpoint's configuration.
         attention_flags (`list[bool]`, *optional*): What is wanted, one flag per layer; by default what is stored.
+        removed_layers (`list[int]`, *optional*): The same by 0-based indices; those removed already may be left out.
         fold_removed (`bool`, *optional*): Whether the result is wanted folded; by default as it is stored.
 
     Returns:
@@ -75,6 +81,11 @@ def removal_to_do(
         ValueError: if the flags do not fit, or ask for attention or for an unfolding that the checkpoint cannot give.
     """
     goal = copy.deepcopy(stored)
+    if removed_layers is not None:
+        if attention_flags is not None:
+            raise ValueError("Give `attention_flags` or `removed_layers`, not both.")
+        removed = {*check_layer_indices(removed_layers, stored.num_hidden_layers), *stored.removed_layers}
+        attention_flags = [index not in removed for index in range(stored.num_hidden_layers)]
     goal.attention_flags = stored.attention_flags if attention_flags is None else attention_flags
     goal.validate()
     missing = sorted(set(stored.removed_layers) - set(goal.removed_layers))
@@ -83,6 +94,13 @@ def removal_to_do(
     if stored.fold_removed and stored.removed_layers and fold_removed is False:
         raise ValueError("The checkpoint is folded; it cannot be loaded with `fold_removed=False`.")
     return {"layers": sorted(set(goal.removed_layers) - set(stored.removed_layers)), "fold_removed": fold_removed}
+
+
+def check_finished(attention_lambdas: list[float | None]) -> None:
+    """ValueError where lambda is not 1 in a layer that has attention: such a model is not to be published."""
+    unfinished = {layer: value for layer, value in enumerate(attention_lambdas) if value not in (None, 1.0)}
+    if unfinished:
+        raise ValueError(f"Nothing was pushed: lambda is not 1 in layers {unfinished}. Train on, or remove them.")
 
 
 def check_loaded_weights(config: LambdaViTConfig, info: dict, source: str) -> None:

@@ -25,6 +25,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_lambda_vit import LambdaViTConfig
 from .loading import (
+    WANTED_REMOVAL,
+    check_finished,
     check_loaded_weights,
     read_stored_config,
     read_vit_key_names,
@@ -270,6 +272,8 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         Args:
             attention_flags (`list[bool]`, *optional*):
                 Start with these layers removed: the checkpoint is loaded whole, then `remove_attention` is called.
+            removed_layers (`list[int]`, *optional*):
+                The same by 0-based indices, such as `select_attention_layers(...).layers`.
             fold_removed (`bool`, *optional*):
                 Fold after loading.
             image_size (`int` or `tuple[int, int]`, *optional*):
@@ -282,9 +286,10 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         """
         return_info = kwargs.pop("output_loading_info", False)
         image_size = kwargs.pop("image_size", None)
-        wanted = {name: kwargs.pop(name) for name in ("attention_flags", "fold_removed") if name in kwargs}
+        wanted = {name: kwargs.pop(name) for name in WANTED_REMOVAL if name in kwargs}
         if isinstance(config, LambdaViTConfig) and (config.removed_layers or config.fold_removed):
-            wanted = {"attention_flags": config.attention_flags, "fold_removed": config.fold_removed, **wanted}
+            flags = {} if "removed_layers" in wanted else {"attention_flags": config.attention_flags}
+            wanted = {**flags, "fold_removed": config.fold_removed, **wanted}
         if wanted and pretrained_model_name_or_path is not None:
             stored, config, kwargs = read_stored_config(pretrained_model_name_or_path, config, kwargs)
             wanted = removal_to_do(stored, **wanted)
@@ -327,6 +332,11 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         # All doors, whichever class is saved: transformers would name this class alone.
         self.config.auto_map = {name: f"{module}.{kind.__name__}" for name, kind in _AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args, **kwargs):
+        """As [`PreTrainedModel.push_to_hub`]; ValueError while lambda is not 1 in a layer that has attention."""
+        check_finished(self.attention_lambdas)
+        return super().push_to_hub(repo_id, *args, **kwargs)
 
 
 class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):

@@ -247,6 +247,23 @@ def test_loading_with_flags_equals_removing_after_loading(model, vit_folder, pix
     assert started.config.fold_removed
 
 
+def test_layers_to_start_without_can_be_named_by_index(model, vit_folder, pixel_values):
+    started = LambdaViTForImageClassification.from_pretrained(vit_folder, removed_layers=REMOVED)
+    model.remove_attention(REMOVED)
+    assert torch.equal(logits(started, pixel_values), logits(model, pixel_values))
+    with pytest.raises(ValueError, match="out of range"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder, removed_layers=[6])
+    with pytest.raises(ValueError, match="not both"):
+        LambdaViTForImageClassification.from_pretrained(vit_folder, removed_layers=[1], attention_flags=[True] * 6)
+
+
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_a_model_that_is_not_finished_is_not_pushed(model, value):
+    model.set_attention_lambda(value, [1])
+    with pytest.raises(ValueError, match="Nothing was pushed"):
+        model.push_to_hub("someone/something")
+
+
 def test_an_unfolded_checkpoint_can_be_folded_and_pruned_further_on_loading(model, tmp_path, pixel_values):
     model.remove_attention([0])
     model.save_pretrained(tmp_path)

@@ -240,6 +240,14 @@ def test_another_number_of_classes_than_the_checkpoints_is_an_error(tmp_path):
         run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
 
 
+def test_a_checkpoint_without_an_image_processor_is_named(tmp_path):
+    config = ViTConfig(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                       num_labels=10)  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    with pytest.raises(OSError, match=r"preprocessor_config\.json"):
+        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
+
+
 def test_resuming_from_a_broken_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Cannot resume"):
         run(tmp_path / "out", "--resume_from_checkpoint", tmp_path)
