@@ -35,7 +35,7 @@ _INDEX = "model.safetensors.index.json"
 PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
-    *("configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"),  # remote code
+    *("blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"),  # remote code
 )
 _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.

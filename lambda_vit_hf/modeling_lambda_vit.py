@@ -11,18 +11,16 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
 from transformers.models.vit.modeling_vit import (
-    ViTAttention,
     ViTEmbeddings,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
-    ViTLayer,
-    ViTMLP,
     ViTModel,
     ViTPooler,
     ViTPreTrainedModel,
 )
 from transformers.utils.generic import can_return_tuple
 
+from .blocks import LambdaViTLayer, read_attention_state
 from .configuration_lambda_vit import LambdaViTConfig
 from .loading import (
     WANTED_REMOVAL,
@@ -37,113 +35,6 @@ from .removal import check_layer_indices, fold_encoder_, folded_layer_norm_eps, 
 
 
 read_vit_key_names("LambdaViTModel", "LambdaViTBackbone")
-
-
-class LambdaViTDropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole images, in training only. Shape kept."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return branch
-        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
-        return branch * (keep.to(branch.dtype) / (1.0 - self.rate))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Passes `hidden_states` on and tells autograd that `parameters` were seen, but have no gradient.
-
-    DistributedDataParallel waits for every parameter; those of an attention that is no longer computed would make it
-    fail. Multiplying them by zero would also do, at the price of reading them, and of NaN where a weight is infinite.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, *parameters):
-        ctx.num_parameters = len(parameters)
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, *[None] * ctx.num_parameters
-
-
-class LambdaViTLayer(ViTLayer):
-    """
-    One block: token mixing by attention (or what is left of it), then an MLP.
-
-    Differences from `ViTLayer`:
-
-    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against the identity
-      (paper, equation 7): `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block; at 0
-      attention is not computed.
-    - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
-      LayerNorm and no lambda: `x = 2 * x`, or nothing at all in a folded model.
-    - Stochastic depth on both branches.
-    """
-
-    def __init__(self, config: LambdaViTConfig, layer_index: int):
-        nn.Module.__init__(self)
-        has_attention = config.attention_flags[layer_index]
-        self.register_module("attention", ViTAttention(config) if has_attention else None)
-        self.register_module("layernorm_before", nn.LayerNorm(config.hidden_size) if has_attention else None)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size)
-        self.mlp = ViTMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = LambdaViTDropPath(config.drop_path_rates()[layer_index])
-        self.register_buffer("attention_lambda", torch.ones(()) if has_attention else None)
-        self.attention_state = "kept" if has_attention else "removed"
-        self.register_load_state_dict_post_hook(_read_attention_state)
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
-
-    def mix_tokens(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
-        if self.attention_state == "folded":
-            return hidden_states
-        if self.attention_state == "removed":
-            return 2 * hidden_states
-        if self.attention_state == "off":
-            return 2 * self._mark_unused_attention(hidden_states)
-        branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        branch = self.drop_path(self.dropout(branch))
-        if self.attention_state == "kept":
-            return branch + hidden_states
-        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
-        branch = self.mlp(self.layernorm_after(hidden_states))
-        return self.drop_path(self.dropout(branch)) + hidden_states
-
-    def attention_parameters(self) -> list[nn.Parameter]:
-        """Parameters that go when this layer's attention is removed: the attention's and its LayerNorm's."""
-        if self.attention is None:
-            return []
-        return [*self.attention.parameters(), *self.layernorm_before.parameters()]
-
-    def _mark_unused_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        unused = [parameter for parameter in self.attention_parameters() if parameter.requires_grad]
-        if not (self.training and unused and torch.is_grad_enabled()):
-            return hidden_states
-        return _WithoutGradient.apply(hidden_states, *unused)
-
-    def extra_repr(self) -> str:
-        return f"attention {self.attention_state}"
-
-
-def _read_attention_state(layer: LambdaViTLayer, _incompatible_keys=None) -> None:
-    # Which branch to run is a Python attribute: reading the buffer in `forward` would wait for the GPU in every layer
-    # and break compiled graphs. It is read again wherever the buffer can have changed.
-    if layer.attention is not None and not layer.attention_lambda.is_meta:
-        value = layer.attention_lambda.item()
-        layer.attention_state = "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
 
 
 class LambdaViTPreTrainedModel(ViTPreTrainedModel):
@@ -190,9 +81,7 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
         if isinstance(value, bool) or not 0.0 <= value <= 1.0:
             raise ValueError(f"lambda must be a number in [0, 1], got {value!r}.")
         for index in self._check_attention_exists(layers):
-            layer = self.encoder_layers[index]
-            layer.attention_lambda.fill_(value)
-            layer.attention_state = "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
+            self.encoder_layers[index].set_attention_lambda(value)
 
     def remove_attention(self, layers: list[int]) -> None:
         """
@@ -303,7 +192,7 @@ class LambdaViTPreTrainedModel(ViTPreTrainedModel):
             ) from error
         check_loaded_weights(model.config, info, pretrained_model_name_or_path)
         for layer in model.encoder_layers:
-            _read_attention_state(layer)
+            read_attention_state(layer)
         if wanted.get("layers"):
             model.remove_attention(wanted["layers"])
         if wanted.get("fold_removed"):

@@ -44,7 +44,7 @@ from .conftest import TINY, perturb
 
 REMOVED = [0, 2, 5]
 KEPT = [1, 3, 4]
-CODE = ["configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"]
+CODE = ["blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"]
 
 
 def logits(model, pixel_values):

@@ -70,7 +70,7 @@ class Client:
 ROOT = Path(__file__).parents[1]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
-REMOTE_CODE = {"configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"}
+REMOTE_CODE = {"blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"}
 WORKER = """
 import contextlib, io, json, os, sys, traceback
 
