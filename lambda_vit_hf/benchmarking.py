@@ -14,7 +14,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
     if torch.device(device).type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_processor_name()}, {torch.get_num_threads()} threads"
+        hardware = f"{_processor_name()}, threads: {torch.get_num_threads()}"
     packages = ("torch", "transformers")
     return {"hardware": hardware, "date": date.today().isoformat(), **{name: version(name) for name in packages}}
 

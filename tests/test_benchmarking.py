@@ -73,7 +73,7 @@ def test_the_environment_says_what_a_figure_was_measured_on(monkeypatch):
     assert {name: environment[name] for name in ("torch", "transformers")} == {
         name: version(name) for name in ("torch", "transformers")
     }
-    assert environment["hardware"].endswith(f", {torch.get_num_threads()} threads")
+    assert environment["hardware"].endswith(f", threads: {torch.get_num_threads()}")
     assert all(isinstance(value, str) and value for value in environment.values())
 
 
