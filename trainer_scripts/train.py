@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv,
         [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments],
     )
-    # Imported late: --help and a mistyped option answer at once.
+    # Imported late: --help and a mistyped option need not wait for datasets and pictures.
     from lambda_vit_hf.training import run_training
 
     run_training(*arguments)

@@ -1,0 +1,70 @@
+"""Which attention layers can a ViT do without? Search, print the path, save the selection and its picture.
+
+    python trainer_scripts/select_layers.py outputs/digits/base --dataset_name digits --num_layers 6
+    python trainer_scripts/select_layers.py facebook/deit-base-patch16-224 --dataset_dir path/to/images --ratio 0.4 \
+        --output_dir outputs/selection
+
+Needs no training; a few hundred images of the training set will do.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hub id or folder of any ViT checkpoint")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--dataset_name", help="Hub id, or `digits`")
+    data.add_argument("--dataset_dir", help="folder with parquet files, or with one image folder per class")
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--num_layers", type=int, help="how many attention layers to choose")
+    amount.add_argument("--ratio", type=float, help="which fraction of them")
+    parser.add_argument("--strategy", default="nose", help="nose, beam, exhaustive, cosine, last, ...")
+    parser.add_argument("--output", help="class_head, class_token or token_mean")
+    parser.add_argument("--mask", default="skip", help="skip or identity")
+    parser.add_argument("--compare", default="magnitude", help="magnitude or value")
+    parser.add_argument("--num_images", type=int, default=512, help="of the training set, evenly spaced")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/selection"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+
+    import torch
+    from torch.utils.data import Subset
+    from transformers import AutoImageProcessor
+
+    from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
+    from lambda_vit_hf.calibration import evenly_spaced
+    from lambda_vit_hf.data import ProcessedImages, load_image_dataset
+    from lambda_vit_hf.plotting import plot_layer_entropies
+
+    model = LambdaViTForImageClassification.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = load_image_dataset(arguments.dataset_name, arguments.dataset_dir)["train"]
+    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
+    selection = select_attention_layers(
+        model,
+        Subset(images, evenly_spaced(len(images), arguments.num_images)),
+        num_layers=arguments.num_layers,
+        ratio=arguments.ratio,
+        strategy=arguments.strategy,
+        output=arguments.output,
+        mask=arguments.mask,
+        compare=arguments.compare,
+        batch_size=arguments.batch_size,
+    )
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    selection.save(arguments.output_dir / "selection.json")
+    plot_layer_entropies(selection, arguments.output_dir / "entropy.png")
+    for step in selection.steps:
+        print(f"+ layer {step.picked:>2}   transfer entropy {step.transfer_entropy[step.picked]:+.4f} nats")
+    print(f"layers {selection.layers}, transfer entropy of the set {selection.transfer_entropy:+.4f} nats")
+    print(f"selection.json and entropy.png are in {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
