@@ -19,18 +19,24 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace the classifier of a checkpoint with another number of classes."}
     )
-    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth, in [0, 1)."})
-    drop_path_schedule: str = field(default="constant", metadata={"help": "constant or linear (grows with depth)."})
+    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth, in [0, 1)."})
+    drop_path_schedule: str | None = field(
+        default=None, metadata={"help": "constant (default) or linear (grows with depth)."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    image_size: int = field(default=224, metadata={"help": "New model: height and width in pixels."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width in pixels; of a checkpoint, positions are interpolated."}
+    )
     patch_size: int = field(default=16, metadata={"help": "New model: pixels per patch side."})
     hidden_size: int = field(default=192, metadata={"help": "New model: width."})
     num_hidden_layers: int = field(default=12, metadata={"help": "New model: layers."})
     num_attention_heads: int = field(default=3, metadata={"help": "New model: attention heads."})
     intermediate_size: int = field(default=768, metadata={"help": "New model: width of the MLP."})
     initializer_range: float = field(default=0.02, metadata={"help": "New model: spread of the initial weights."})
-    base_num_train_epochs: float = field(default=10.0, metadata={"help": "New model: epochs before removal begins."})
-    base_learning_rate: float = field(default=1e-3, metadata={"help": "New model: peak learning rate."})
+    base_num_train_epochs: float = field(
+        default=10.0, metadata={"help": "New model or classifier: epochs before removal begins."}
+    )
+    base_learning_rate: float = field(default=1e-3, metadata={"help": "New model or classifier: peak learning rate."})
 
 
 @dataclass
@@ -41,6 +47,9 @@ class DataArguments:
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder with parquet files, or with one image folder per class."}
     )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "By default the only Image column."})
+    label_column: str | None = field(default=None, metadata={"help": "By default the only ClassLabel column."})
     random_shift: int = field(default=0, metadata={"help": "Augmentation: shift by up to this many pixels."})
 
 
@@ -51,7 +60,7 @@ class RemovalArguments:
     removal_ratio: float | None = field(default=None, metadata={"help": "Fraction of attention layers, in [0, 1]."})
     num_layers: int | None = field(default=None, metadata={"help": "Number of attention layers to remove."})
     layers: list[int] | None = field(default=None, metadata={"help": "The layers to remove, 0-based."})
-    strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, first, last or random."})
+    strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, beam, cosine, last, ..."})
     calibration_size: int = field(default=512, metadata={"help": "Training images to select on."})
     output: str | None = field(default=None, metadata={"help": "Measured: class_head, class_token or token_mean."})
     mask: str = field(default="skip", metadata={"help": "Masked layers: skip or identity."})

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from .calibration import evenly_spaced, fixed_randomness
 from .dilution import DilutionSchedule
@@ -18,7 +19,7 @@ from .loading import check_finished
 from .model_card import facts_of_training, model_size, push_with_card, write_model_card
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
 from .removal import check_layer_indices
-from .selection import AttentionSelection, count_layers, select_attention_layers
+from .selection import AttentionSelection, check_options, count_layers, select_attention_layers
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             Images to select on, in any form [`CalibrationBatches`] takes, without random augmentation. Default: the
             training images as training sees them, at a fixed random state.
         calibration_size (`int`, *optional*, defaults to 512):
-            Take this many images, evenly spaced, where the calibration set has a length. `None`: all.
+            Take this many images, evenly spaced, of a calibration dataset. `None`: all, as of tensors and DataLoaders.
         strategy, output, mask, compare: as in [`select_attention_layers`].
         schedule (`str`, *optional*, defaults to `"linear"`): `"linear"` or `"cosine"`.
         hold_share (`float`, *optional*, defaults to 0.25): share of training, at its end, with lambda = 0.
@@ -92,6 +93,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`granularity` must be one of {list(GRANULARITIES)}, got {granularity!r}.")
         if calibration_size is not None and calibration_size < 1:
             raise ValueError(f"`calibration_size` must be at least 1, got {calibration_size}.")
+        check_options(None, strategy, output, mask, compare)
         # Checks shape and hold_share, for a training of any length.
         DilutionSchedule(total_steps=1000, hold_share=hold_share, shape=schedule)
         self.removal_ratio, self.num_layers, self.layers = removal_ratio, num_layers, layers
@@ -127,8 +129,9 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._continue_from_checkpoint(state, dilution, model)
         else:
+            check_options(model, self.strategy, self.output, self.mask, self.compare)
             self.selection = self._select(model, train_dataloader, args.seed)
-        self.dilution = dilution
+        self.dilution, self.current_lambda = dilution, None  # a checkpoint has put an older lambda into the model
         self._forget_best_while_diluting(model, state)
         logger.info("Attention layers %s fade until step %d.", self.selection.layers, dilution.first_zero_step)
         self._set_lambda(model, state.global_step)
@@ -139,9 +142,12 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             self._set_lambda(model, state.global_step)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint.
+        # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint; the
+        # mark is taken back in the next event. Where it would also save one, no metric may be better: but this ends
+        # the patience of EarlyStoppingCallback, so not elsewhere.
         if self._is_diluting(model) and args.metric_for_best_model is not None:
-            state.best_metric = sys.float_info.max if args.greater_is_better else -sys.float_info.max
+            unbeatable = sys.float_info.max if args.greater_is_better else -sys.float_info.max
+            state.best_metric = unbeatable if args.save_strategy == SaveStrategy.BEST else None
         if self._is_done(model):
             self._write_card(args, state, model)
 
@@ -166,7 +172,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 f"Training ended at step {state.global_step} of {state.max_steps}, but attention layers"
                 f" {self.selection.layers} are only half gone (lambda = {max(self._selected_lambdas(model)):.3f}; it"
                 f" reaches 0 at step {self.dilution.first_zero_step}). Nothing was removed. Resume from the last"
-                " checkpoint to finish, or call `model.remove_attention` yourself."
+                " checkpoint to finish (if EarlyStoppingCallback ended it: without that), or call"
+                " `model.remove_attention` yourself."
             )
         if not self._is_done(model):
             self.card_facts |= {"size_before": model_size(model), "dilution": self.dilution}
@@ -220,6 +227,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         run = saved.get("attributes", {}).get("checkpointed_run", {})
         if not run.get("selection"):
             raise ValueError("The checkpoint was written without EntropyGuidedRemovalCallback; start anew from it.")
+        then = saved["args"]
+        changed = {name: (then.get(name), now) for name, now in self.state()["args"].items() if then.get(name) != now}
+        if changed:
+            raise ValueError(f"This run's settings differ from the checkpoint's (checkpoint, now): {changed}.")
         if dataclasses.asdict(dilution) != run["dilution"]:
             raise ValueError(
                 "This run's lambda schedule differs from the checkpoint's; lambda would jump."

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from .calibration import evenly_spaced, fixed_randomness
 
@@ -43,7 +44,14 @@ def load_digits(seed: int = 0) -> datasets.DatasetDict:
     return _with_validation(datasets.DatasetDict(train=whole), "label", seed)
 
 
-def load_image_dataset(name: str | None = None, directory: str | Path | None = None, seed: int = 0):
+def load_image_dataset(
+    name: str | None = None,
+    directory: str | Path | None = None,
+    seed: int = 0,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> datasets.DatasetDict:
     """
     A `DatasetDict` with splits `train` and `validation`, an `Image` and a `ClassLabel` column.
 
@@ -53,6 +61,8 @@ def load_image_dataset(name: str | None = None, directory: str | Path | None = N
             A local folder: parquet files (`train*.parquet`, `validation*.parquet`), or images in one folder per class,
             with or without `train` and `validation` (or `test`) above them.
         seed (`int`, *optional*, defaults to 0): for the split, where there is no validation set: a fifth of `train`.
+        config_name (`str`, *optional*): configuration of a dataset on the Hub.
+        image_column, label_column (`str`, *optional*): by default the only columns of type `Image` and `ClassLabel`.
 
     Raises:
         FileNotFoundError: if `directory` does not exist.
@@ -62,8 +72,9 @@ def load_image_dataset(name: str | None = None, directory: str | Path | None = N
         raise ValueError("Give exactly one of a dataset name and a dataset directory.")
     if name == "digits":
         return load_digits(seed)
-    loaded = datasets.load_dataset(name) if name else _load_directory(Path(directory))
-    image_column, label_column = find_columns(loaded["train"] if "train" in loaded else next(iter(loaded.values())))
+    loaded = datasets.load_dataset(name, config_name) if name else _load_directory(Path(directory))
+    one_split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    image_column, label_column = find_columns(one_split, image_column, label_column)
     loaded = loaded.select_columns([image_column, label_column])
     loaded = loaded.rename_columns(
         {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
@@ -114,19 +125,26 @@ def _check_folder_classes(splits: Mapping[str, Path]) -> None:
             raise ValueError(f"The class folders of {splits[name]} and {splits['train']} differ: {only}.")
 
 
-def find_columns(dataset: datasets.Dataset) -> tuple[str, str]:
+def find_columns(
+    dataset: datasets.Dataset, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
     """
-    Names of the image and the label column, by type.
+    Names of the image and the label column: as given, else by type.
 
     Raises:
-        ValueError: if there is not exactly one `Image` and one `ClassLabel` column.
+        ValueError: if a given column is missing or of another type, or if the choice is not clear.
     """
     found = {}
-    for kind in (datasets.Image, datasets.ClassLabel):
+    wishes = ((datasets.Image, image_column, "image_column"), (datasets.ClassLabel, label_column, "label_column"))
+    for kind, wish, option in wishes:
         names = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+        names = names if wish is None else [name for name in names if name == wish]
         if len(names) != 1:
             columns = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-            raise ValueError(f"Expected one {kind.__name__} column, found {names} among {columns}.")
+            raise ValueError(
+                f"Expected one {kind.__name__} column{f' {wish!r}' if wish else ''}, found {names} among {columns}."
+                f" `{option}` names the one to use."
+            )
         found[kind] = names[0]
     return found[datasets.Image], found[datasets.ClassLabel]
 
@@ -198,7 +216,7 @@ class ProcessedImages(Dataset):
         self.augmentation, self.seed, self.epoch = augmentation, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer's dataloader: other random augmentations in each epoch."""
+        """Other random augmentations in each epoch (see [`AugmentationEpoch`])."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -244,11 +262,26 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def random_shift(image_size: int, padding: int) -> Callable:
-    """Augmentation for small pictures: pad by `padding` pixels of the edge colour, crop at random to `image_size`."""
-    from torchvision.transforms import RandomCrop
+class RandomShift:
+    """Augmentation: shift a picture by up to `padding` pixels in each direction; the edge colour fills the gap."""
 
-    return RandomCrop(image_size, padding=padding, padding_mode="edge")
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def __call__(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        from torchvision.transforms import RandomCrop
+
+        return RandomCrop((image.height, image.width), padding=self.padding, padding_mode="edge")(image)
+
+
+class AugmentationEpoch(TrainerCallback):
+    """Tells a [`ProcessedImages`] the epoch. The Trainer's dataloader does so in one process, but not in several."""
+
+    def __init__(self, images: "ProcessedImages"):
+        self.images = images
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.images.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def collate(items: list[Mapping]) -> dict[str, torch.Tensor]:

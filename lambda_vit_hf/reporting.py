@@ -46,6 +46,9 @@ def write_report(
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
     metrics["layers"] = selection.layers
+    if trainer.args.bf16 or trainer.args.fp16:
+        # accelerate has put autocast around the model's forward.
+        metrics["environment"]["dtype"] += f", {'bfloat16' if trainer.args.bf16 else 'float16'} autocast"
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     selection.save(output_dir / "selection.json")
     pictures = {"training": "training.png"}

@@ -97,6 +97,31 @@ def count_layers(num_candidates: int, num_layers: int | None, ratio: float | Non
     return num_layers
 
 
+def check_options(model, strategy, output: str | None, mask: str, compare: str) -> None:
+    """
+    Check the options of [`select_attention_layers`]; without a model (`None`), as far as is possible without one.
+
+    Raises:
+        ValueError: on an unknown option, a class head that the model has not, or a model that is half-way diluted.
+    """
+    options = (("output", output, (None, *OUTPUTS)), ("mask", mask, MASKS), ("compare", compare, COMPARISONS))
+    for name, value, allowed in options:
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {[one for one in allowed if one]}, got {value!r}.")
+    if not callable(strategy) and strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` must be a function or one of {sorted(STRATEGIES)}, got {strategy!r}.")
+    if model is None:
+        return
+    if output == "class_head" and not hasattr(model, "classifier"):
+        raise ValueError(f"{type(model).__name__} has no class head: use `output='class_token'` or `'token_mean'`.")
+    diluting = {layer: value for layer, value in enumerate(model.attention_lambdas) if value not in (None, 1.0)}
+    if diluting:
+        raise ValueError(
+            f"The model is half-way diluted: lambda is not 1 in layers {diluting}. Resume that run from a checkpoint,"
+            " or set lambda back with `model.set_attention_lambda(1.0, layers)`."
+        )
+
+
 @torch.no_grad()
 def select_attention_layers(
     model: LambdaViTPreTrainedModel,
@@ -142,16 +167,8 @@ def select_attention_layers(
     """
     if not isinstance(model, LambdaViTPreTrainedModel):
         raise ValueError(f"Expected a LambdaViT model, got {type(model).__name__}: load it with LambdaViT's classes.")
-    has_head = hasattr(model, "classifier")
-    output = output or ("class_head" if has_head else "class_token")
-    options = (("output", output, OUTPUTS), ("mask", mask, MASKS), ("compare", compare, COMPARISONS))
-    for name, value, allowed in options:
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
-    if output == "class_head" and not has_head:
-        raise ValueError(f"{type(model).__name__} has no class head: use `output='class_token'` or `'token_mean'`.")
-    if not callable(strategy) and strategy not in STRATEGIES:
-        raise ValueError(f"`strategy` must be a function or one of {sorted(STRATEGIES)}, got {strategy!r}.")
+    check_options(model, strategy, output, mask, compare)
+    output = output or ("class_head" if hasattr(model, "classifier") else "class_token")
     choose = strategy if callable(strategy) else STRATEGIES[strategy]
     num_layers = count_layers(len(model.config.kept_layers), num_layers, ratio)
 

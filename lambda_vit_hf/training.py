@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from .arguments import DataArguments, LambdaTrainingArguments, ModelArguments, R
 from .callback import EntropyGuidedRemovalCallback
 from .checkpoints import find_resumable_checkpoint, what_is_broken
 from .configuration_lambda_vit import LambdaViTConfig
-from .data import ProcessedImages, check_images, collate, load_image_dataset, random_shift
+from .data import AugmentationEpoch, ProcessedImages, RandomShift, check_images, collate, load_image_dataset
+from .dilution import DilutionSchedule
 from .guards import StopOnNonFiniteGradient
 from .metrics import classification_metrics
 from .modeling_lambda_vit import LambdaViTForImageClassification
@@ -24,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 BASE_FOLDER = "base"
 _SHAPE = (
-    "image_size",
     "patch_size",
     "hidden_size",
     "num_hidden_layers",
@@ -55,12 +56,21 @@ def run_training(
     checkpoint = _prepare_output_dir(output_dir, training_args)
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        dataset = load_image_dataset(data_args.dataset_name, data_args.dataset_dir)
+        dataset = load_image_dataset(
+            data_args.dataset_name,
+            data_args.dataset_dir,
+            config_name=data_args.dataset_config,
+            image_column=data_args.image_column,
+            label_column=data_args.label_column,
+        )
         for split in dataset.values():
             check_images(split)
     class_names = dataset["train"].features["label"].names
-    model, processor, is_new = _load_model(model_args, class_names, output_dir, checkpoint)
-    train_images = ProcessedImages(dataset["train"], processor, _augmentation(data_args, model), training_args.seed)
+    model, processor, is_new = _load_model(
+        model_args, class_names, output_dir, checkpoint, training_args.overwrite_output_dir
+    )
+    augmentation = RandomShift(data_args.random_shift) if data_args.random_shift else None
+    train_images = ProcessedImages(dataset["train"], processor, augmentation, training_args.seed)
     eval_images = ProcessedImages(dataset["validation"], processor)
     removal = EntropyGuidedRemovalCallback(
         **vars(removal_args),
@@ -78,6 +88,9 @@ def run_training(
         compute_metrics=classification_metrics,
     )
     trainer = _trainer(model, training_args, [removal, StopOnNonFiniteGradient()], **common)
+    _check_schedule(removal_args, training_args, len(train_images))
+    if training_args.overwrite_output_dir and checkpoint is None:
+        _clear_output_dir(output_dir)
     if is_new:
         _train_base(model, model_args, training_args, **common)
 
@@ -85,6 +98,8 @@ def run_training(
     base = copy.deepcopy(model).cpu()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     accuracy = trainer.evaluate()["eval_accuracy"]
+    # The Trainer may have put a restored callback in the place of ours.
+    removal = next(one for one in trainer.callback_handler.callbacks if isinstance(one, EntropyGuidedRemovalCallback))
     push, training_args.push_to_hub = training_args.push_to_hub, False  # not before the card has the measured figures
     trainer.save_model()
     metrics = {}
@@ -132,32 +147,55 @@ def _prepare_output_dir(output_dir: Path, training_args: LambdaTrainingArguments
         if checkpoint is None:
             logger.warning("No whole checkpoint in %s; starting from the beginning.", output_dir)
         return checkpoint
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        if not training_args.overwrite_output_dir:
-            raise FileExistsError(
-                f"The output folder {output_dir} is not empty. Pass --overwrite_output_dir to start anew in it,"
-                " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
-            )
-        with PartialState().main_process_first():
-            for old in [*output_dir.glob("checkpoint-*"), output_dir / BASE_FOLDER]:
-                shutil.rmtree(old, ignore_errors=True)
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not training_args.overwrite_output_dir:
+        raise FileExistsError(
+            f"The output folder {output_dir} is not empty. Pass --overwrite_output_dir to start anew in it,"
+            " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
+        )
     return None
 
 
-def _load_model(model_args: ModelArguments, class_names: list[str], output_dir: Path, checkpoint: Path | None):
-    """Model, image processor, and whether the model still has to be trained from scratch."""
+def _clear_output_dir(output_dir: Path) -> None:
+    """Deletes what an earlier run would be resumed from, once nothing else can go wrong before training."""
+    if PartialState().is_main_process:
+        for old in [*output_dir.glob("checkpoint-*"), output_dir / BASE_FOLDER]:
+            shutil.rmtree(old, ignore_errors=True)
+    PartialState().wait_for_everyone()
+
+
+def _check_schedule(removal_args: RemovalArguments, training_args: LambdaTrainingArguments, num_images: int) -> None:
+    """Lambda must have room to fall: known before the base model is trained."""
+    batches = math.ceil(num_images / (training_args.train_batch_size * training_args.world_size))
+    steps = math.ceil(batches / training_args.gradient_accumulation_steps)
+    total = math.ceil(training_args.num_train_epochs * steps)
+    total = training_args.max_steps if training_args.max_steps > 0 else total
+    per_update = steps if removal_args.granularity == "epoch" else 1
+    DilutionSchedule(total, removal_args.hold_share, removal_args.schedule, per_update)
+
+
+def _load_model(
+    model_args: ModelArguments, class_names: list[str], output_dir: Path, checkpoint: Path | None, overwrite: bool
+):
+    """Model, image processor, and whether model or classifier are new and have to be trained first."""
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
     }
-    drop_path = {"drop_path_rate": model_args.drop_path_rate, "drop_path_schedule": model_args.drop_path_schedule}
+    optional = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_implementation")
+    given = {name: getattr(model_args, name) for name in optional if getattr(model_args, name) is not None}
     source = model_args.model_name_or_path
-    base = output_dir / BASE_FOLDER
-    if source is None and checkpoint is not None:
+    base = (checkpoint.parent if checkpoint else output_dir) / BASE_FOLDER
+    if checkpoint is not None and base.is_dir():
         source = str(base)
+    elif checkpoint is not None and source is None:
+        raise FileNotFoundError(f"The run of {checkpoint} trained a base model, but {base} is gone: start anew.")
     if source is not None:
+        folders = [base.resolve(), *(folder.resolve() for folder in output_dir.glob("checkpoint-*"))]
+        if overwrite and Path(source).resolve() in folders:
+            raise ValueError(f"--overwrite_output_dir would delete {source}, the model to start from.")
         stored = LambdaViTConfig.from_pretrained(source)
-        if stored.num_labels != len(class_names) and not model_args.ignore_mismatched_sizes:
+        is_other_task = stored.num_labels != len(class_names)
+        if is_other_task and not model_args.ignore_mismatched_sizes:
             raise ValueError(
                 f"{source} has {stored.num_labels} classes, the dataset has {len(class_names)}. Pass"
                 " --ignore_mismatched_sizes to replace the classifier."
@@ -165,23 +203,21 @@ def _load_model(model_args: ModelArguments, class_names: list[str], output_dir: 
         model = LambdaViTForImageClassification.from_pretrained(
             source,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-            attn_implementation=model_args.attn_implementation,
             **labels,
-            **drop_path,
+            **given,
         )
-        return model, ViTImageProcessor.from_pretrained(source), False
-    config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **drop_path)
-    if model_args.attn_implementation:
-        config._attn_implementation = model_args.attn_implementation
-    processor = ViTImageProcessor(size={"height": model_args.image_size, "width": model_args.image_size})
+        processor = ViTImageProcessor.from_pretrained(source)
+        if "image_size" in given:
+            processor.size = {"height": model_args.image_size, "width": model_args.image_size}
+        # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
+        return model, processor, is_other_task
+    config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **given)
+    processor = ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
     return LambdaViTForImageClassification(config), processor, True
 
 
-def _augmentation(data_args: DataArguments, model):
-    return random_shift(model.config.image_size, data_args.random_shift) if data_args.random_shift else None
-
-
 def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> Trainer:
+    callbacks = [*callbacks, AugmentationEpoch(common["train_dataset"])]
     trainer = Trainer(model=model, args=args, callbacks=callbacks, **common)
     # In front of the trackers that the Trainer adds itself, so that they see lambda in the logs.
     rest = [callback for callback in trainer.callback_handler.callbacks if callback not in callbacks]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lambda_vit_hf import (
     EntropyGuidedRemovalCallback,
@@ -290,6 +290,61 @@ def test_training_on_after_removal_removes_nothing_more(model, tmp_path):
     assert model.config.removed_layers == removed
 
 
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resuming_in_the_same_process_runs_at_the_lambda_of_its_step(model, tmp_path):
+    recorder, stop = Recorder(), InterruptAt(8)
+    callback = EntropyGuidedRemovalCallback(layers=[1], granularity="epoch")
+    arguments = dict(max_steps=-1, num_train_epochs=4, save_strategy="steps", save_steps=6)
+    trainer = make_trainer(model, tmp_path, [callback, stop, recorder], **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    recorder.lambdas.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert [lambdas[1] for lambdas in recorder.lambdas] == [0.5] * 6 + [0.0] * 12
+    assert model.config.removed_layers == [1]
+
+
+def test_a_model_that_is_half_way_diluted_cannot_start_a_new_run(model, tmp_path):
+    model.set_attention_lambda(0.5, [3])
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[1])])
+    with pytest.raises(ValueError, match="half-way diluted"):
+        trainer.train()
+
+
+def test_early_stopping_does_not_count_evaluations_while_diluting(model, tmp_path):
+    # Accuracy falls all the time: only the evaluations at lambda = 0 may run out of patience.
+    callbacks = [
+        EntropyGuidedRemovalCallback(num_layers=2),
+        ScriptedAccuracy([1 - 0.01 * step for step in range(20)]),
+        EarlyStoppingCallback(2),
+    ]
+    trainer = make_trainer(
+        model, tmp_path, callbacks, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="accuracy",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 11
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-9")
+
+
+def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
+    make_trainer(
+        copy.deepcopy(model), tmp_path, [EntropyGuidedRemovalCallback(layers=[1])], save_strategy="steps", save_steps=4
+    ).train()
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[2, 3], fold=False)])
+    with pytest.raises(ValueError, match=r"'layers': \(\[1\], \[2, 3\]\).*'fold'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 # Bad input: before training starts.
 
 
@@ -302,6 +357,10 @@ def test_training_on_after_removal_removes_nothing_more(model, tmp_path):
         {"num_layers": 1, "schedule": "steep"},
         {"num_layers": 1, "hold_share": 1.0},
         {"num_layers": 1, "calibration_size": 0},
+        {"num_layers": 1, "strategy": "nsoe"},
+        {"num_layers": 1, "mask": "zip"},
+        {"num_layers": 1, "compare": "x"},
+        {"num_layers": 1, "output": "logits"},
     ],
     ids=str,
 )

@@ -14,12 +14,12 @@ from transformers import ViTImageProcessor
 
 from lambda_vit_hf.data import (
     ProcessedImages,
+    RandomShift,
     check_images,
     collate,
     find_columns,
     load_digits,
     load_image_dataset,
-    random_shift,
 )
 
 
@@ -374,7 +374,7 @@ def test_random_shift_moves_the_picture_and_continues_its_edge():
     shifts = {padded[y : y + 8, x : x + 8].tobytes() for y in range(3) for x in range(3)}
     assert len(shifts) == 9
     torch.manual_seed(0)
-    seen = {np.asarray(random_shift(8, 1)(image)).tobytes() for _ in range(100)}
+    seen = {np.asarray(RandomShift(1)(image)).tobytes() for _ in range(100)}
     assert seen == shifts
 
 
@@ -397,3 +397,18 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     images = ProcessedImages(whole, ViTImageProcessor(size={"height": 8, "width": 8}))
     with pytest.raises(OSError, match=r"5\.jpg cannot be decoded"):
         images.__getitems__(list(range(6)))
+
+
+def test_a_shift_keeps_the_size_of_any_picture():
+    assert RandomShift(4)(PIL.Image.new("RGB", (50, 37))).size == (50, 37)
+
+
+def test_columns_can_be_named_where_there_are_several():
+    labels = {"fine": datasets.ClassLabel(names=["a", "b"]), "coarse": datasets.ClassLabel(names=["c"])}
+    features = datasets.Features({"img": datasets.Image(), **labels})
+    empty = datasets.Dataset.from_dict({"img": [], "fine": [], "coarse": []}, features=features)
+    assert find_columns(empty, label_column="fine") == ("img", "fine")
+    with pytest.raises(ValueError, match="`label_column` names the one to use"):
+        find_columns(empty)
+    with pytest.raises(ValueError, match="'thin'"):
+        find_columns(empty, label_column="thin")

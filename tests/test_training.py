@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,43 @@ def test_another_number_of_classes_than_the_checkpoints_is_an_error(tmp_path):
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="7 classes, the dataset has 10"):
         run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
+
+
+def test_overwriting_deletes_nothing_before_all_input_is_checked(finished, tmp_path):
+    folder = tmp_path / "digits"
+    shutil.copytree(finished[0], folder)
+    before = sorted(path.name for path in folder.iterdir())
+    wrong = [["--dataset_dir", "nowhere"], ["--model_name_or_path", folder / "base"], ["--hold_share", 2],
+             ["--max_steps", 1]]  # fmt: skip
+    for arguments in wrong:
+        with pytest.raises((ValueError, FileNotFoundError)):
+            run(folder, "--overwrite_output_dir", *arguments)
+        assert sorted(path.name for path in folder.iterdir()) == before, arguments
+
+
+def test_a_new_classifier_is_trained_before_layers_are_chosen(tmp_path):
+    config = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=7
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    run(
+        tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--ignore_mismatched_sizes", "--num_layers", 1,
+        "--image_size", 16, "--base_num_train_epochs", 0.2, "--num_train_epochs", 0.4, "--save_strategy", "no",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "base" / "model.safetensors").is_file()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.num_labels, model.config.image_size) == (10, 16)
+    assert ViTImageProcessor.from_pretrained(tmp_path / "out").size == {"height": 16, "width": 16}
+
+
+def test_resuming_into_another_folder_finds_the_base_beside_the_checkpoint(finished, tmp_path):
+    expected = load_file(finished[0] / "model.safetensors")
+    checkpoint = finished[0] / "checkpoint-20"
+    run(tmp_path / "elsewhere", "--resume_from_checkpoint", checkpoint,
+        "--restore_callback_states_from_checkpoint", "true")  # fmt: skip
+    resumed = load_file(tmp_path / "elsewhere" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
 
 
 def test_a_checkpoint_without_an_image_processor_is_named(tmp_path):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=["nose", "first", "last", "random"])
@@ -39,7 +41,8 @@ def main() -> None:
             argv += ["--seed", str(seed), "--overwrite_output_dir", "--save_strategy", "no"]
             argv += ["--model_name_or_path", str(base)] if base else []
             metrics = run_training(*parse_arguments(argv, kinds))
-            base = base or folder / "base"
+            if base is None and (folder / "base").is_dir():
+                base = folder / "base"
             runs.append({"seed": seed, "strategy": strategy, **metrics})
 
     table = [
