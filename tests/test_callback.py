@@ -1,6 +1,9 @@
 import copy
 import json
 import math
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lambda_vit_hf import (
     LambdaViTForImageClassification,
     StopOnNonFiniteGradient,
 )
+from lambda_vit_hf.data import AugmentationEpoch
 
 from .conftest import TINY
 
@@ -421,3 +425,41 @@ def test_a_nan_loss_stops_before_the_weights_are_spoiled(model, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
     kept = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+class EpochRecorder(Blobs):
+    """Notes the epoch in which each of its images is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.epoch, self.read_in = 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        self.read_in.append(self.epoch)
+        return super().__getitem__(index)
+
+
+def train_in_one_of_two_processes(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    images = EpochRecorder()
+    trainer = make_trainer(
+        LambdaViTForImageClassification(LambdaViTConfig(**TINY)), folder, [AugmentationEpoch(images)], images,
+        max_steps=-1, num_train_epochs=3,
+    )  # fmt: skip
+    trainer.train()
+    Path(folder, f"epochs-{rank}.json").write_text(json.dumps(sorted(set(images.read_in))))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_augmentation_knows_the_epoch_in_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(train_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"epochs-{rank}.json").read_text()) == [0, 1, 2]
