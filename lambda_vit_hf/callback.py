@@ -133,7 +133,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             self.selection = self._select(model, train_dataloader, args.seed)
         self.dilution, self.current_lambda = dilution, None  # a checkpoint has put an older lambda into the model
         self._forget_best_while_diluting(model, state)
-        logger.info("Attention layers %s fade until step %d.", self.selection.layers, dilution.first_zero_step)
+        layers, zero = self.selection.layers, dilution.first_zero_step
+        logger.info("Attention of layers %s fades until step %d of %d.", layers, zero, dilution.total_steps)
         self._set_lambda(model, state.global_step)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

@@ -11,6 +11,8 @@
 The recipe is read first; the command line wins. `--help` lists every field.
 """
 
+import logging
+import os
 import sys
 
 from lambda_vit_hf.arguments import (
@@ -23,6 +25,9 @@ from lambda_vit_hf.arguments import (
 
 
 def main(argv: list[str] | None = None) -> None:
+    # What is selected and when, once: from the first process.
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("lambda_vit_hf").setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
     arguments = parse_arguments(
         sys.argv[1:] if argv is None else argv,
         [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments],
