@@ -93,6 +93,11 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`granularity` must be one of {list(GRANULARITIES)}, got {granularity!r}.")
         if calibration_size is not None and calibration_size < 1:
             raise ValueError(f"`calibration_size` must be at least 1, got {calibration_size}.")
+        if not isinstance(strategy, str):
+            raise ValueError(
+                "`strategy` must be a name, for a checkpoint keeps it. For a function of your own, call"
+                " `select_attention_layers` first and pass its `layers`."
+            )
         check_options(None, strategy, output, mask, compare)
         # Checks shape and hold_share, for a training of any length.
         DilutionSchedule(total_steps=1000, hold_share=hold_share, shape=schedule)

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf import LambdaViTForImageClassification
 
@@ -24,6 +24,7 @@ TINY = dict(
     intermediate_size=64,
     num_labels=5,
 )
+REMOVED = [0, 2, 5]
 
 
 def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.nn.Module:
@@ -59,3 +60,19 @@ def model(vit_folder) -> LambdaViTForImageClassification:
 def pixel_values() -> torch.Tensor:
     """Three images `(3, 3, 16, 16)`."""
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def removed(model):
+    """The model without attention in `REMOVED`, folded."""
+    model.remove_attention(REMOVED)
+    model.fold_removed_attention()
+    return model
+
+
+@pytest.fixture
+def folder(removed, tmp_path):
+    """That model's folder, with its image processor beside it."""
+    removed.save_pretrained(tmp_path / "removed")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "removed")
+    return tmp_path / "removed"

@@ -362,6 +362,7 @@ def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
         {"num_layers": 1, "hold_share": 1.0},
         {"num_layers": 1, "calibration_size": 0},
         {"num_layers": 1, "strategy": "nsoe"},
+        {"num_layers": 1, "strategy": len},
         {"num_layers": 1, "mask": "zip"},
         {"num_layers": 1, "compare": "x"},
         {"num_layers": 1, "output": "logits"},
