@@ -1,13 +1,15 @@
-"""One block of a LambdaViT: attention as it is, diluted, off or removed, then an MLP.
+"""One block of a LambdaViT: attention as it is, diluted, off or removed, then (merging of tokens, and) an MLP.
 
 Shapes: `(batch, tokens, hidden)`. Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024, section 3.3.
 """
 
 import torch
 from torch import nn
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP, eager_attention_forward
 
 from .configuration_lambda_vit import LambdaViTConfig
+from .merging import merge_tokens, proportional_attention
 
 
 class LambdaViTDropPath(nn.Module):
@@ -44,6 +46,43 @@ class _WithoutGradient(torch.autograd.Function):
         return gradient, *[None] * ctx.num_parameters
 
 
+class LambdaViTAttention(ViTAttention):
+    """
+    Attention, the same to the bit as `ViTAttention`.
+
+    Differences from `ViTAttention`: on request it also gives its keys `(batch, heads, tokens, head width)`, which
+    token merging compares, and the answer to the class token's query alone; `project` can be replaced.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_keys: bool = False,
+        class_token_only: bool = False,
+        **kwargs,
+    ):
+        """
+        Output `(batch, tokens, hidden)`, attention probabilities (eager only, else `None`), and the keys on request.
+        With `class_token_only` every token is a key, but the class token is the only query: `(batch, 1, hidden)`.
+        """
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for states in self.project(hidden_states, hidden_states[:, :1] if class_token_only else hidden_states)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, probabilities = attend(
+            self, query, key, value, attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
+        )  # fmt: skip
+        output = self.o_proj(output.flatten(2))
+        return (output, probabilities, key) if return_keys else (output, probabilities)
+
+    def project(self, hidden_states: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries of the tokens `asking`, keys and values of all: each `(batch, tokens, hidden)`."""
+        return self.q_proj(asking), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+
 class LambdaViTLayer(ViTLayer):
     """
     One block: token mixing by attention (or what is left of it), then an MLP.
@@ -55,13 +94,14 @@ class LambdaViTLayer(ViTLayer):
       attention is not computed.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
       LayerNorm and no lambda: `x = 2 * x`, or nothing at all in a folded model.
+    - Between attention and MLP, `merged_tokens` tokens are merged if the caller keeps count of their sizes.
     - Stochastic depth on both branches.
     """
 
     def __init__(self, config: LambdaViTConfig, layer_index: int):
         nn.Module.__init__(self)
         has_attention = config.attention_flags[layer_index]
-        self.register_module("attention", ViTAttention(config) if has_attention else None)
+        self.register_module("attention", LambdaViTAttention(config) if has_attention else None)
         self.register_module("layernorm_before", nn.LayerNorm(config.hidden_size) if has_attention else None)
         self.layernorm_after = nn.LayerNorm(config.hidden_size)
         self.mlp = ViTMLP(config)
@@ -69,29 +109,72 @@ class LambdaViTLayer(ViTLayer):
         self.drop_path = LambdaViTDropPath(config.drop_path_rates()[layer_index])
         self.register_buffer("attention_lambda", torch.ones(()) if has_attention else None)
         self.attention_state = "kept" if has_attention else "removed"
+        self.merged_tokens = 0  # set by the model, from the config
         self.register_load_state_dict_post_hook(read_attention_state)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        if kwargs.pop("keep_sizes", False):
+            return self.shrink(hidden_states, **kwargs)
         return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
+
+    def shrink(
+        self,
+        hidden_states: torch.Tensor,
+        token_sizes: torch.Tensor | None = None,
+        class_token_only: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The block where tokens get fewer: what `forward` does when called with `keep_sizes=True`.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): class token first.
+            token_sizes (`torch.Tensor` of shape `(batch, tokens, 1)`, *optional*): patches each token stands for;
+                `None` while nothing has merged.
+            class_token_only (`bool`, *optional*, defaults to `False`): only the class token goes on after attention.
+
+        Returns:
+            `(batch, fewer tokens, hidden)`, and the sizes.
+        """
+        if token_sizes is not None:
+            # Counts have no gradient; but reentrant gradient checkpointing gives one to all that a layer returns.
+            token_sizes = token_sizes.detach()
+        mask = proportional_attention(token_sizes, hidden_states.dtype)
+        mixed, keys = self._mix(hidden_states, mask, class_token_only, **kwargs)
+        if self.merged_tokens and self.attention_state == "kept" and not class_token_only:
+            mixed, token_sizes = merge_tokens(mixed, token_sizes, keys, self.merged_tokens)
+        return self.feed_forward(mixed), token_sizes
 
     def mix_tokens(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
+        return self._mix(hidden_states, attention_mask, **kwargs)[0]
+
+    def _mix(self, hidden_states, attention_mask, class_token_only=False, **kwargs):
+        """`mix_tokens`, and the keys of the attention or `None`."""
+        # Without attention tokens do not see each other: the caller has the class token alone by then, or all of them.
         if self.attention_state == "folded":
-            return hidden_states
+            return hidden_states, None
         if self.attention_state == "removed":
-            return 2 * hidden_states
+            return 2 * hidden_states, None
         if self.attention_state == "off":
-            return 2 * self._mark_unused_attention(hidden_states)
-        branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        branch = self.drop_path(self.dropout(branch))
+            return 2 * self._mark_unused_attention(hidden_states), None
+        branch, _, keys = self.attention(
+            self.layernorm_before(hidden_states), attention_mask,
+            return_keys=True, class_token_only=class_token_only, **kwargs,
+        )  # fmt: skip
+        branch = self._drop(branch)
+        hidden_states = hidden_states[:, :1] if class_token_only else hidden_states
         if self.attention_state == "kept":
-            return branch + hidden_states
-        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
+            return branch + hidden_states, keys
+        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch, keys
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
-        branch = self.mlp(self.layernorm_after(hidden_states))
-        return self.drop_path(self.dropout(branch)) + hidden_states
+        return self._drop(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+
+    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+        # A model prepared for inference has neither module.
+        return branch if self.dropout is None else self.drop_path(self.dropout(branch))
 
     def set_attention_lambda(self, value: float) -> None:
         """Set lambda, in [0, 1], of a layer that has attention."""

@@ -26,6 +26,16 @@ class LambdaViTConfig(BackboneConfigMixin, ViTConfig):
             How a removed layer's identity is kept. `False`: the block doubles its input, as in the paper
             (`x = 2 * x`). `True`: the factor 2 is absorbed by the weights that follow, and the block is just
             `x + MLP(LayerNorm(x))`. Both are the same function.
+        fold_exponent (`int`, *optional*, defaults to 0):
+            In a folded model: the embeddings were multiplied by 2 to this power, which centres the range of weights
+            and stream for float16. Written by `fold_removed_attention`; not a choice.
+        token_merging_r (`int` or `list[int]`, *optional*, defaults to 0):
+            Tokens merged, from the image's most similar ones, between attention and MLP of a block that keeps
+            attention. An `int`: as many in each such block from `token_merging_start` on. A list: one number per
+            layer; those of layers without attention have no effect. 0: none.
+        token_merging_start (`int`, *optional*, defaults to 0):
+            First merging block, as an index among the blocks that have attention (of the layers `[2, 5, 7]`, 1 means
+            layer 5). For an `int` `token_merging_r` only.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth: probability, in [0, 1), with which a residual branch is dropped per image in training.
         drop_path_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -60,6 +70,9 @@ class LambdaViTConfig(BackboneConfigMixin, ViTConfig):
 
     attention_flags: list[bool] | None = None
     fold_removed: bool = False
+    fold_exponent: int = 0
+    token_merging_r: int | list[int] = 0
+    token_merging_start: int = 0
     drop_path_rate: float | int = 0.0
     drop_path_schedule: str = "constant"
     apply_layernorm: bool = True
@@ -117,6 +130,15 @@ class LambdaViTConfig(BackboneConfigMixin, ViTConfig):
         last = max(self.num_hidden_layers - 1, 1)
         return [self.drop_path_rate * index / last for index in range(self.num_hidden_layers)]
 
+    def token_merging_schedule(self) -> list[int]:
+        """Tokens merged in each layer, between its attention and its MLP; 0 in layers without attention."""
+        if isinstance(self.token_merging_r, list):
+            wanted = self.token_merging_r
+        else:
+            merging = set(self.kept_layers[self.token_merging_start :])
+            wanted = [self.token_merging_r if index in merging else 0 for index in range(self.num_hidden_layers)]
+        return [r if flag else 0 for r, flag in zip(wanted, self.attention_flags, strict=True)]
+
     def validate_sizes(self):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             if getattr(self, name) < 1:
@@ -137,6 +159,34 @@ class LambdaViTConfig(BackboneConfigMixin, ViTConfig):
             raise ValueError(
                 "`attention_flags` removes every attention layer: the class token would never see the image."
                 " Keep at least one."
+            )
+
+    def validate_fold_exponent(self):
+        if self.fold_exponent and not self.fold_removed:
+            raise ValueError(
+                f"`fold_exponent` is {self.fold_exponent}, but `fold_removed` is False. Use `fold_removed_attention`."
+            )
+
+    def validate_token_merging(self):
+        r, start = self.token_merging_r, self.token_merging_start
+        if any(value < 0 for value in (*(r if isinstance(r, list) else [r]), start)):
+            raise ValueError(
+                f"`token_merging_r` and `token_merging_start` must be integers of 0 or more, got {r} and {start}."
+            )
+        if isinstance(r, list):
+            if len(r) != self.num_hidden_layers:
+                raise ValueError(
+                    f"A list of `token_merging_r` needs one number per layer: expected {self.num_hidden_layers}"
+                    f" (`num_hidden_layers`), got {len(r)}."
+                )
+            if start:
+                raise ValueError(
+                    "`token_merging_start` goes with one number; a list says itself where merging starts."
+                )
+        elif start and start >= len(self.kept_layers):
+            raise ValueError(
+                f"`token_merging_start` ({start}) is an index among the layers that have attention"
+                f" ({self.kept_layers}), so it must be below {len(self.kept_layers)}."
             )
 
     def validate_drop_path(self):

@@ -35,7 +35,8 @@ _INDEX = "model.safetensors.index.json"
 PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
-    *("blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"),  # remote code
+    *("blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py"),  # remote code
+    *("modeling_lambda_vit.py", "pretrained_model.py", "removal.py"),  # remote code
 )
 _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.

@@ -52,7 +52,8 @@ def read_stored_config(
         attention = {"attn_implementation": arguments.get("attn_implementation") or config._attn_implementation}
         stored = LambdaViTConfig.from_pretrained(source, **attention, **kept)
         config = copy.deepcopy(config)
-        config.attention_flags, config.fold_removed = stored.attention_flags, stored.fold_removed
+        for name in ("attention_flags", "fold_removed", "fold_exponent"):
+            setattr(config, name, getattr(stored, name))
         return stored, config, arguments
     kept.update({name: arguments[name] for name in ("dtype", "torch_dtype") if name in arguments})
     stored, unused = LambdaViTConfig.from_pretrained(source, return_unused_kwargs=True, **arguments)

@@ -3,7 +3,8 @@
 A removed attention leaves the identity behind, and its block starts with `x = 2 * x`. Let `scale` be the product of
 these factors up to and including a block. Storing `x / scale` instead of `x` makes every doubling vanish: each branch
 that adds to the stream is divided by `scale` in its last linear layer, and each LayerNorm, which is scale-free but for
-its epsilon, gets `eps / scale**2`. Powers of two are exact in floating point, so nothing is rounded.
+its epsilon, gets `eps / scale**2`. Powers of two are exact in floating point, so nothing is rounded. The embeddings
+are multiplied by a power of two besides, which every `scale` is then divided by: this centres the range for float16.
 
 Source: the doubling is Lin et al., CVPR 2024, section 3.3; the folding is this package's.
 """
@@ -39,49 +40,71 @@ def check_layer_indices(layers: Iterable[int], num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-def residual_scales(attention_flags: Sequence[bool]) -> list[int]:
+def residual_scales(attention_flags: Sequence[bool], exponent: int = 0) -> list[float]:
     """
-    Factor by which removed layers have scaled the residual stream, block by block: 2 to the number of removed
-    attention layers at or before each block. The last entry also holds for the final LayerNorm.
+    What the residual stream is divided by in a folded model, block by block: 2 to the number of removed attention
+    layers at or before each block, divided by `2**exponent`. The last entry also holds for the final LayerNorm.
     """
-    scales, scale = [], 1
+    scales, scale = [], 2.0**-exponent
     for has_attention in attention_flags:
         scale = scale if has_attention else 2 * scale
         scales.append(scale)
     return scales
 
 
-@torch.no_grad()
-def fold_encoder_(layers: Sequence[nn.Module], newly_removed: Sequence[bool]) -> None:
+def centred_exponent(attention_flags: Sequence[bool]) -> int:
     """
-    Absorb the doubling of `newly_removed` layers into the weights of an encoder, in place.
+    Power of two by which folding multiplies the embeddings, so that the weights behind them are divided by less: half
+    the number of removed layers, at most 4. For float32 and bfloat16 it makes no difference.
+    """
+    # float16 is exact from 2**-14 to 2**16. Weights are around 2**-6, so they stand a division by 2**8. The stream of
+    # a ViT has single values of hundreds or thousands, so it stands a multiplication by 2**4.
+    return min(list(attention_flags).count(False) // 2, 4)
+
+
+@torch.no_grad()
+def fold_encoder_(
+    embeddings: nn.Module | None, layers: Sequence[nn.Module], divisors: Sequence[float], exponent: int = 0
+) -> None:
+    """
+    Store a stream that is smaller by powers of two, in place: divide what adds to it.
 
     Epsilons are not touched here: they follow from the config (see `folded_layer_norm_eps`).
 
     Args:
+        embeddings (`nn.Module`, *optional*): ViT embeddings. Multiplied by `2**exponent`; not read if that is 1.
         layers (`Sequence[nn.Module]`): ViT layers with `.mlp.fc2`, and `.attention.o_proj` where attention is kept.
-        newly_removed (`Sequence[bool]`): per layer, whether its doubling still has to be absorbed.
+        divisors (`Sequence[float]`): per layer, a power of two.
+        exponent (`int`, *optional*, defaults to 0): see `centred_exponent`.
 
     Raises:
-        ValueError: if a quotient leaves the range of the weights' dtype (float16 subnormals). Nothing is changed then.
+        ValueError: if a weight leaves the range of its dtype (float16). Nothing is changed then.
     """
-    scales = residual_scales([not removed for removed in newly_removed])
-    quotients = []
-    for index, (layer, scale) in enumerate(zip(layers, scales, strict=True)):
-        if scale == 1:
+    divided = []
+    if exponent:
+        divided += [("the embeddings", parameter, 2.0**-exponent) for parameter in embeddings.parameters()]
+    for index, (layer, divisor) in enumerate(zip(layers, divisors, strict=True)):
+        if divisor == 1:
             continue
-        attention_end = [] if layer.attention is None else [layer.attention.o_proj]
-        for linear in [*attention_end, layer.mlp.fc2]:
-            for parameter in linear.parameters():
-                quotient = parameter / scale
-                if not torch.equal(quotient * scale, parameter):
-                    raise ValueError(
-                        f"Folding layer {index} divides its weights by {scale}, which {parameter.dtype} cannot hold"
-                        " exactly. Fold in float32 or bfloat16, then convert."
-                    )
-                quotients.append((parameter, quotient))
+        ends = [layer.mlp.fc2] if layer.attention is None else [layer.attention.o_proj, layer.mlp.fc2]
+        divided += [(f"layer {index}", parameter, divisor) for end in ends for parameter in end.parameters()]
+    quotients = [(parameter, _exact_quotient(where, parameter, divisor)) for where, parameter, divisor in divided]
     for parameter, quotient in quotients:
         parameter.copy_(quotient)
+
+
+def _exact_quotient(where: str, parameter: torch.Tensor, divisor: float) -> torch.Tensor:
+    quotient = parameter / divisor
+    error = (quotient * divisor - parameter).abs()
+    # float16 has so few exponents that trained weights reach its subnormals before any division. An error there is
+    # allowed up to the rounding of the tensor's largest value; other formats must be exact.
+    allowed = parameter.abs().max() * 2.0**-11 if parameter.dtype is torch.float16 else 0.0
+    if not (error <= allowed).all():
+        raise ValueError(
+            f"Folding divides weights of {where} by {divisor:g}, which {parameter.dtype} cannot hold. Fold in float32"
+            " or bfloat16, then convert."
+        )
+    return quotient
 
 
 def folded_layer_norm_eps(config) -> list[float]:
@@ -91,4 +114,5 @@ def folded_layer_norm_eps(config) -> list[float]:
     """
     if not config.fold_removed:
         return [config.layer_norm_eps] * config.num_hidden_layers
-    return [config.layer_norm_eps / scale**2 for scale in residual_scales(config.attention_flags)]
+    scales = residual_scales(config.attention_flags, config.fold_exponent)
+    return [config.layer_norm_eps / scale**2 for scale in scales]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig
 
 from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, LambdaViTModel
@@ -49,6 +50,7 @@ SMALL = {
     "intermediate_size": 24,
     "num_labels": 7,
 }
+OFF = {"token_merging_r": 0, "token_merging_start": 0}
 
 
 def test_vit_base_costs_what_the_literature_says():
@@ -88,6 +90,24 @@ def test_removal_from_vit_base_saves_what_the_paper_says(removed, parameters_sav
 def test_macs_are_those_of_a_forward_pass(changes):
     config = LambdaViTConfig(**{**SMALL, **changes})
     assert count_macs(config) == macs_while_running(LambdaViTForImageClassification(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_merging_r": 2},
+        {"token_merging_r": 1, "token_merging_start": 1, "attention_flags": [True, False, False, True, False]},
+        {"token_merging_r": [0, 3, 0, 100, 0]},
+    ],
+    ids=["every block", "from the second kept block", "a list, capped"],
+)
+def test_macs_with_token_merging_are_those_of_a_forward_pass(changes):
+    config = LambdaViTConfig(**{**SMALL, **changes}, attn_implementation="eager")
+    model = LambdaViTForImageClassification(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 12, 12))
+    assert count_macs(config) == counter.get_total_flops() // 2
+    assert count_macs(config) < count_macs(LambdaViTConfig(**{**SMALL, **changes, **OFF}))
 
 
 def test_macs_without_a_head_are_those_of_the_bare_model():

@@ -32,6 +32,12 @@ def test_kept_and_removed_layers_follow_the_flags():
         ({"drop_path_schedule": "steep"}, "drop_path_schedule"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "num_attention_heads"),
         ({"hidden_size": -1}, "hidden_size"),
+        ({"fold_exponent": 2}, "fold_removed"),
+        ({"token_merging_r": -1}, "0 or more"),
+        ({"token_merging_r": 1.5}, "token_merging_r"),
+        ({"token_merging_r": [1]}, "expected 2"),
+        ({"token_merging_r": [1, 1], "token_merging_start": 1}, "a list says itself"),
+        ({"token_merging_r": 1, "token_merging_start": 2}, "must be below 2"),
     ],
 )
 def test_what_cannot_be_is_refused_and_named(arguments, named):
@@ -48,7 +54,8 @@ def test_flags_of_another_length_are_refused_on_loading(tmp_path):
 def test_a_config_file_rebuilds_the_config(tmp_path):
     config = LambdaViTConfig(
         num_hidden_layers=3, attention_flags=[False, True, True], fold_removed=True, drop_path_rate=0.1,
-        drop_path_schedule="linear", id2label={0: "yes: no", 1: "ünï", 2: ""},
+        drop_path_schedule="linear", token_merging_r=[1, 0, 2], fold_exponent=1,
+        id2label={0: "yes: no", 1: "ünï", 2: ""},
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     restored = AutoConfig.from_pretrained(tmp_path)
@@ -60,6 +67,15 @@ def test_drop_path_is_constant_or_grows_to_its_rate_in_the_last_layer():
     assert LambdaViTConfig(num_hidden_layers=3, drop_path_rate=0.2).drop_path_rates() == [0.2] * 3
     growing = LambdaViTConfig(num_hidden_layers=3, drop_path_rate=0.2, drop_path_schedule="linear")
     assert growing.drop_path_rates() == [0.0, 0.1, 0.2]
+
+
+def test_tokens_merge_in_blocks_that_keep_attention_from_the_start_on():
+    config = LambdaViTConfig(num_hidden_layers=5, attention_flags=[False, True, True, False, True])
+    assert config.token_merging_schedule() == [0] * 5
+    config.token_merging_r, config.token_merging_start = 8, 1
+    assert config.token_merging_schedule() == [0, 0, 8, 0, 8]
+    config.token_merging_r, config.token_merging_start = [1, 2, 3, 4, 5], 0
+    assert config.token_merging_schedule() == [0, 2, 3, 0, 5]
 
 
 def test_a_vit_config_is_taken_without_a_warning(tmp_path, caplog):

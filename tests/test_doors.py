@@ -41,7 +41,10 @@ from .conftest import REMOVED, TINY, perturb
 
 
 KEPT = [1, 3, 4]
-CODE = ["blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"]
+CODE = [
+    "blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py", "modeling_lambda_vit.py",
+    "pretrained_model.py", "removal.py",
+]  # fmt: skip
 
 
 def logits(model, pixel_values):

@@ -70,7 +70,10 @@ class Client:
 ROOT = Path(__file__).parents[1]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
-REMOTE_CODE = {"blocks.py", "configuration_lambda_vit.py", "loading.py", "modeling_lambda_vit.py", "removal.py"}
+REMOTE_CODE = {
+    "blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py", "modeling_lambda_vit.py",
+    "pretrained_model.py", "removal.py",
+}  # fmt: skip
 WORKER = """
 import contextlib, io, json, os, sys, traceback
 

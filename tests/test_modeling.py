@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lambda_vit_hf import (
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
 )
+from lambda_vit_hf.removal import fold_encoder_, residual_scales
 
 from .conftest import REMOVED, TINY, perturb
 
@@ -28,6 +30,13 @@ from .conftest import REMOVED, TINY, perturb
 def logits(model, pixel_values):
     with torch.no_grad():
         return model(pixel_values).logits
+
+
+def with_visible_epsilon(model):
+    """ViT's own LayerNorm epsilon, 1e-12, is so small that no logit shows whether folding scaled it."""
+    model.config.layer_norm_eps = 0.01
+    model._follow_config()
+    return model
 
 
 def count_attention_calls(model, pixel_values) -> int:
@@ -81,7 +90,7 @@ def test_the_bare_model_and_masked_image_modeling_equal_vit(tmp_path, pixel_valu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_off_removed_and_folded_are_equal_to_the_bit(model, pixel_values, dtype):
-    model, pixel_values = model.to(dtype), pixel_values.to(dtype)
+    model, pixel_values = with_visible_epsilon(model).to(dtype), pixel_values.to(dtype)
     model.set_attention_lambda(0.0, REMOVED)
     off = logits(model, pixel_values)
     model.remove_attention(REMOVED)
@@ -119,7 +128,7 @@ def test_a_diluted_block_is_the_papers_formula(model, pixel_values, value):
 
 
 def test_folding_step_by_step_equals_folding_at_once(model, pixel_values):
-    at_once = copy.deepcopy(model)
+    at_once = copy.deepcopy(with_visible_epsilon(model))
     at_once.remove_attention(REMOVED)
     at_once.fold_removed_attention()
     for layer in REMOVED:
@@ -127,6 +136,58 @@ def test_folding_step_by_step_equals_folding_at_once(model, pixel_values):
         model.fold_removed_attention()
     assert torch.equal(logits(model, pixel_values), logits(at_once, pixel_values))
     assert model.config.to_dict() == at_once.config.to_dict()
+
+
+def test_a_checkpoint_folded_without_centring_keeps_its_function(model, pixel_values, tmp_path):
+    with_visible_epsilon(model).remove_attention(REMOVED)
+    expected = logits(model, pixel_values)
+    fold_encoder_(None, model.encoder_layers, residual_scales(model.config.attention_flags))
+    model.config.fold_removed = True
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("fold_exponent") == 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    restored = LambdaViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(restored, pixel_values), expected)
+    restored.remove_attention([1])  # centred from here on
+    assert restored.config.fold_exponent == 2
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path)
+    model.remove_attention([1])
+    assert torch.equal(logits(model, pixel_values), logits(restored, pixel_values))
+
+
+def test_a_callers_config_does_not_hide_how_a_checkpoint_is_folded(removed, tmp_path, pixel_values):
+    with_visible_epsilon(removed).save_pretrained(tmp_path)
+    assert removed.config.fold_exponent == 1
+    changes = {"layer_norm_eps": 0.01, "attention_flags": removed.config.attention_flags, "fold_removed": True}
+    config = LambdaViTConfig(**TINY, **changes)
+    restored = LambdaViTForImageClassification.from_pretrained(tmp_path, config=config)
+    assert torch.equal(logits(restored, pixel_values), logits(removed, pixel_values))
+
+
+def test_folding_in_float16_rounds_no_more_than_float16_does(model, pixel_values):
+    model.half().remove_attention(REMOVED)
+    expected = logits(model, pixel_values.half())
+    model.fold_removed_attention()
+    torch.testing.assert_close(logits(model, pixel_values.half()), expected, rtol=0, atol=5e-3)
+
+
+def test_a_folded_model_keeps_the_range_of_float16_that_doubling_leaves(pixel_values):
+    torch.manual_seed(0)
+    config = LambdaViTConfig(**{**TINY, "num_hidden_layers": 24})
+    model = LambdaViTForImageClassification(config).eval()  # transformers' initial weights, around 0.02
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.add_(torch.randn(1, 17, 32))  # a stream around 1
+    model.remove_attention(list(range(1, 20)))
+    expected = logits(model, pixel_values)
+    doubling = copy.deepcopy(model).half()
+    assert not torch.isfinite(logits(doubling, pixel_values.half())).all()
+    model.fold_removed_attention()
+    folded = model.half()
+    streams = folded(pixel_values.half(), output_hidden_states=True).hidden_states
+    assert max(stream.abs().max() for stream in streams) < 2.0**10
+    # Half a unit in the last place of float16 is 2**-11 of a value; some 50 roundings stand between image and logits.
+    torch.testing.assert_close(logits(folded, pixel_values.half()).float(), expected, rtol=0, atol=5e-3)
 
 
 def test_folding_what_float16_cannot_hold_is_refused_and_changes_nothing(model):
