@@ -5,163 +5,232 @@
 Source: Lin et al., CVPR 2024, section 3.2, equation 5.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from tqdm.auto import tqdm
 
-from .entropy import GaussianEntropy
+from .entropy import GaussianEntropy, merge_across_processes
+from .masking import MaskedForward
+from .passes import CalibrationPasses, sum_over_processes
+from .stability import draw_folds, resampled_transfer_entropy, share_picked
 
 
-OUTPUTS = ("class_head", "class_token", "token_mean")
-MASKS = ("skip", "identity")
 COMPARISONS = ("magnitude", "value")
+NUM_FOLDS = 32
 
 
 @dataclass
 class SelectionStep:
-    """One step of a search: the set so far, each candidate's transfer entropy with it (nats), the layer picked."""
+    """
+    One step of a search.
+
+    Attributes:
+        selected: the set so far.
+        transfer_entropy: of that set with each candidate, in nats.
+        picked: the candidate of least transfer entropy.
+        stability: share of resamples of the images, in [0, 1], in which the same candidate is picked.
+        standard_error: of the picked candidate's transfer entropy over these resamples, in nats.
+    """
 
     selected: list[int]
     transfer_entropy: dict[int, float]
     picked: int
+    stability: float | None = None
+    standard_error: float | None = None
 
 
 class AttentionSearch:
     """
     What a strategy works with: the candidates, how many to pick, and transfer entropy on demand.
 
-    Masking a layer leaves every block before it unchanged. So the sets of one request are walked as a tree of
-    decisions, block by block, and each shared beginning is computed once per batch. Memory grows with batch size and
-    depth, not with the number of images or sets. With several processes each takes its share of the batches.
+    What was measured is kept as moments (mean and squared deviations per output channel) by set of layers and by fold
+    of the images, so no set is computed twice on an image. Memory grows with batch size, depth and the number of sets
+    kept, never with the number of images. With several processes each takes its share of the batches.
+
+    Args:
+        passes ([`CalibrationPasses`]): the model, and the images in folds.
+        num_layers (`int`): how many layers to pick.
+        output, mask, compare, seed: as in [`select_attention_layers`].
+        reuse_prefixes (`bool`, *optional*, defaults to `True`):
+            `False` computes every set from the image on, in one step of a search after the other: the naive search.
 
     Attributes:
         candidates (`list[int]`): layers that still have attention.
-        num_layers (`int`): how many to pick.
-        seed (`int`): for strategies that draw.
         steps (`list[SelectionStep]`): what `pick` recorded.
-        block_evaluations (`int`): blocks computed per calibration batch so far.
+        block_evaluations (`float`): blocks computed so far, per calibration image.
         attention_entropy, mlp_entropy (`list`): of each layer, once `measure_layers` was called.
     """
 
-    def __init__(self, model, batches, num_layers, output, mask, compare, seed, disable_tqdm):
-        self.model, self.batches, self.num_layers = model, batches, num_layers
-        self.output, self.mask, self.compare, self.seed = output, mask, compare, seed
-        self.disable_tqdm = disable_tqdm
-        self.candidates = model.config.kept_layers
+    def __init__(
+        self,
+        passes: CalibrationPasses,
+        num_layers: int,
+        output: str,
+        mask: str,
+        compare: str,
+        seed: int = 0,
+        reuse_prefixes: bool = True,
+    ):
+        self.passes, self.num_layers = passes, num_layers
+        self.compare, self.seed, self.reuse_prefixes = compare, seed, reuse_prefixes
+        self.candidates = passes.model.config.kept_layers
         self.steps: list[SelectionStep] = []
-        self.block_evaluations = 0
-        self.output_entropy: float | None = None
-        self.dead_channels = 0
         self.attention_entropy: list[float | None] = []
         self.mlp_entropy: list[float] = []
+        self._forward = MaskedForward(passes.model, output, mask, reuse_prefixes)
+        self._moments: dict[frozenset[int], GaussianEntropy] = {}
+        self._measured_folds: dict[frozenset[int], set[int]] = {}
+        self._values: dict[frozenset[int], float] = {}
+
+    @property
+    def num_images(self) -> int:
+        """Calibration images."""
+        if not self.passes.batches.num_images:
+            self.measure([])  # a stream is counted by reading it
+        return self.passes.batches.num_images
+
+    @property
+    def block_evaluations(self) -> float:
+        """Blocks computed so far by this and all other processes, per calibration image."""
+        blocks = sum_over_processes(torch.tensor(self._forward.blocks)).item()
+        return blocks / self.passes.batches.num_images if blocks else 0.0
+
+    @property
+    def naive_block_evaluations(self) -> float:
+        """The same if every set compared, and the unmasked model, were computed from the image on."""
+        compared = sum(len(step.transfer_entropy) for step in self.steps) or len(self._values)
+        return len(self.passes.model.encoder_layers) * (1 + compared)
+
+    @property
+    def output_entropy(self) -> float:
+        """H(output) of the unmasked model, in nats."""
+        self.measure([])
+        return self._moments[frozenset()].value()
+
+    @property
+    def dead_channels(self) -> int:
+        """Output channels that never change."""
+        self.measure([])
+        return self._moments[frozenset()].dead_channels()
+
+    @property
+    def num_channels(self) -> int:
+        """Width of the measured output."""
+        self.measure([])
+        return self._moments[frozenset()].means.shape[1]
 
     def size(self, transfer_entropy: float) -> float:
         """What is compared: the magnitude of a transfer entropy, or its value."""
         return abs(transfer_entropy) if self.compare == "magnitude" else transfer_entropy
 
     def transfer_entropy(self, sets: Sequence[Iterable[int]]) -> list[float]:
-        """TE of each set of masked layers, in nats, in one pass over the calibration images."""
+        """TE of each set of masked layers, in nats, over all calibration images, in one pass."""
         sets = [frozenset(layers) for layers in sets]
-        if self.output_entropy is None:
-            sets = [frozenset(), *sets]
-        estimates = [GaussianEntropy() for _ in sets]
-        blocks_before = self.block_evaluations
-        for pixel_values in self.own_batches("transfer entropy"):
-            self.block_evaluations = blocks_before
-            hidden_states = self.model.base_model.embeddings(pixel_values)
-            self._walk(hidden_states, 0, list(zip(sets, estimates, strict=True)))
-        for estimate in estimates:
-            estimate.merge_across_processes()
-        if self.output_entropy is None:
-            unmasked, *estimates = estimates
-            self.output_entropy, self.dead_channels = unmasked.value(), unmasked.dead_channels()
-        return [self.output_entropy - estimate.value() for estimate in estimates]
+        if frozenset() not in self._moments:
+            self.measure(sets[:1])
+        new = list(dict.fromkeys(one for one in sets if one not in self._values))
+        kept, missing = (one for one in new if not self.unknown([one])), self.unknown(new)
+        self._values |= {one: self._moments[one].value() for one in kept}
+        if missing:
+            # One estimate per set, over all images: of the thousands that a search may try, no folds are kept.
+            estimates = [GaussianEntropy() for _ in missing]
+            self._pass(missing, self._all_folds, estimates)
+            self._values |= {one: estimate.value() for one, estimate in zip(missing, estimates, strict=True)}
+        unmasked = self.output_entropy
+        return [unmasked - self._values[one] for one in sets]
 
-    def pick(self, selected: list[int], transfer_entropy: dict[int, float]) -> int:
-        """The candidate with the least transfer entropy (ties: the lowest layer); the step is recorded."""
-        picked = min(sorted(transfer_entropy), key=lambda layer: self.size(transfer_entropy[layer]))
-        self.steps.append(SelectionStep(sorted(selected), transfer_entropy, picked))
-        return picked
+    def measure(self, sets: Iterable[Iterable[int]], folds: Sequence[int] | None = None) -> None:
+        """Measure what is unknown of `sets` and of the unmasked model, on these folds or all; moments are kept."""
+        folds = self._all_folds if folds is None else folds
+        sets = list(dict.fromkeys([frozenset(), *map(frozenset, sets)]))
+        together: dict[tuple, list[int]] = {}
+        for fold in folds:
+            missing = tuple(one for one in sets if fold not in self._measured_folds.get(one, ()))
+            together.setdefault(missing, []).append(fold)
+        for missing, same_folds in together.items():
+            if missing:
+                estimates = [GaussianEntropy(self.passes.batches.num_folds) for _ in missing]
+                self._pass(missing, same_folds, estimates)
+                for one, estimate in zip(missing, estimates, strict=True):
+                    self._moments.setdefault(one, GaussianEntropy(self.passes.batches.num_folds)).merge(estimate)
+                    self._measured_folds.setdefault(one, set()).update(same_folds)
 
-    def _walk(self, hidden_states: torch.Tensor, depth: int, pending: list) -> None:
-        layers = self.model.encoder_layers
-        for index in range(depth, len(layers)):
-            masked = [pair for pair in pending if index in pair[0]]
-            pending = [pair for pair in pending if index not in pair[0]]
-            if masked:
-                scale = 2 if self.mask == "identity" else 1
-                self.block_evaluations += 1
-                self._walk(layers[index].feed_forward(scale * hidden_states), index + 1, masked)
-            if not pending:
-                return
-            self.block_evaluations += 1
-            hidden_states = layers[index](hidden_states)
-        features = self._measured(hidden_states)
-        for _, estimate in pending:
-            estimate.update(features)
+    def sets_with(self, order: Sequence[int]) -> dict[int, frozenset[int]]:
+        """The layers in `order` with each other candidate: what one step of a search compares."""
+        return {layer: frozenset([*order, layer]) for layer in self.candidates if layer not in order}
 
-    def _measured(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.model.base_model.layernorm(hidden_states)
-        if self.output == "token_mean":
-            return hidden_states.mean(dim=1)
-        class_token = hidden_states[:, 0]
-        return self.model.classifier(class_token) if self.output == "class_head" else class_token
+    def step(self, order: Sequence[int], folds: Sequence[int] | None = None) -> dict[int, float]:
+        """TE, in nats, of the layers in `order` with each other candidate; over some folds, or all images."""
+        folds = self._all_folds if folds is None else folds
+        sets = self.sets_with(order)
+        self.measure(sets.values(), folds)
+        weights = torch.zeros(1, len(self._all_folds), dtype=torch.float64)
+        weights[0, list(folds)] = 1
+        weights = None if len(folds) == len(self._all_folds) else weights
+        unmasked = self._moments[frozenset()].values(weights).item()
+        return {layer: unmasked - self._moments[one].values(weights).item() for layer, one in sets.items()}
+
+    def resampled_step(self, order: Sequence[int], folds: Sequence[int] | None = None) -> torch.Tensor | None:
+        """[`~AttentionSearch.step`] over resamples of the images, `(resamples, candidates)`; `None` if not known."""
+        folds = self._all_folds if folds is None else folds
+        sets = list(self.sets_with(order).values())
+        if self.unknown(sets, folds):
+            return None
+        unmasked = self._moments[frozenset()]
+        weights = draw_folds(unmasked.counts, folds)
+        if weights is None:
+            return None
+        return resampled_transfer_entropy(unmasked, [self._moments[one] for one in sets], weights)
+
+    def share_picked(self, resampled: torch.Tensor, order: Sequence[int], picked: int) -> float:
+        """Share of the resamples of [`~AttentionSearch.resampled_step`] in which the same layer is picked."""
+        position = list(self.sets_with(order)).index(picked)
+        return share_picked(resampled, position, self.compare == "magnitude")
+
+    def unknown(self, sets: Iterable[frozenset[int]], folds: Sequence[int] | None = None) -> list[frozenset[int]]:
+        """Those of `sets` that are not measured yet on some of these folds, or of all."""
+        folds = set(self._all_folds if folds is None else folds)
+        return [one for one in dict.fromkeys(sets) if not folds <= self._measured_folds.get(one, set())]
+
+    def least(self, transfer_entropy: dict[int, float]) -> int:
+        """The candidate with the least transfer entropy; ties: the lowest layer."""
+        return min(sorted(transfer_entropy), key=lambda layer: self.size(transfer_entropy[layer]))
+
+    def pick(self, selected: Sequence[int], transfer_entropy: dict[int, float]) -> int:
+        """The candidate with the least transfer entropy; the step is recorded, with its stability where known."""
+        step = SelectionStep(sorted(selected), transfer_entropy, self.least(transfer_entropy))
+        resampled = self.resampled_step(selected)
+        if resampled is not None:
+            step.stability = self.share_picked(resampled, selected, step.picked)
+            step.standard_error = resampled[:, list(self.sets_with(selected)).index(step.picked)].std().item()
+        self.steps.append(step)
+        return step.picked
+
+    def measure_pairs(self) -> list[list[float | None]]:
+        """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
+        pairs = list(itertools.combinations_with_replacement(self.candidates, 2))
+        matrix: list[list[float | None]] = [
+            [None] * len(self.passes.model.encoder_layers) for _ in self.passes.model.encoder_layers
+        ]
+        for (one, other), value in zip(pairs, self.transfer_entropy(pairs), strict=True):
+            matrix[one][other] = matrix[other][one] = value
+        return matrix
 
     def measure_layers(self) -> None:
-        """Sets `attention_entropy` and `mlp_entropy`: H of each branch's output over images and tokens, in nats."""
-        layers = self.model.encoder_layers
-        attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
-        mlp = [GaussianEntropy() for _ in layers]
-        for pixel_values in self.own_batches("layer entropies"):
-            hidden_states = self.model.base_model.embeddings(pixel_values)
-            for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
-                if of_attention is not None:
-                    of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
-                hidden_states = layer.mix_tokens(hidden_states)
-                branch = layer.mlp(layer.layernorm_after(hidden_states))
-                of_mlp.update(branch)
-                hidden_states = hidden_states + branch
-        for estimate in (*(e for e in attention if e is not None), *mlp):
-            estimate.merge_across_processes()
-        self.attention_entropy = [None if estimate is None else estimate.value() for estimate in attention]
-        self.mlp_entropy = [estimate.value() for estimate in mlp]
+        """Sets `attention_entropy` and `mlp_entropy` (see [`CalibrationPasses.layer_entropies`])."""
+        self.attention_entropy, self.mlp_entropy = self.passes.layer_entropies()
 
-    def attention_influence(self) -> dict[int, float]:
-        """
-        How much each candidate's attention turns the stream: 1 - cos(x, x + Attention(LayerNorm(x))), the mean over
-        images and tokens. The block influence of ShortGPT (arXiv 2403.03853) and LLM-Drop (arXiv 2406.15786).
-        """
-        sums = torch.zeros(len(self.candidates) + 1, dtype=torch.float64)
-        for pixel_values in self.own_batches("attention influence"):
-            hidden_states = self.model.base_model.embeddings(pixel_values)
-            sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
-            for index, layer in enumerate(self.model.encoder_layers):
-                mixed = layer.mix_tokens(hidden_states)
-                if index in self.candidates:
-                    cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
-                    sums[self.candidates.index(index)] += (1 - cosine).sum().cpu()
-                hidden_states = layer.feed_forward(mixed)
-        if rank_and_num_processes()[1] > 1:
-            parts = [None] * rank_and_num_processes()[1]
-            dist.all_gather_object(parts, sums)
-            sums = torch.stack(parts).sum(dim=0)
-        return {layer: (sums[i] / sums[-1]).item() for i, layer in enumerate(self.candidates)}
+    @property
+    def _all_folds(self) -> range:
+        return range(self.passes.batches.num_folds)
 
-    def own_batches(self, description: str) -> Iterator[torch.Tensor]:
-        """This process's share of the calibration batches, on the model's device and in its dtype."""
-        rank, num_processes = rank_and_num_processes()
-        batches = tqdm(self.batches, desc=description, total=self.batches.num_batches or None, leave=False,
-                       disable=self.disable_tqdm or rank > 0)  # fmt: skip
-        for index, pixel_values in enumerate(batches):
-            if index % num_processes == rank:
-                yield pixel_values.to(self.model.device, self.model.dtype)
-
-
-def rank_and_num_processes() -> tuple[int, int]:
-    """Of torch's default process group; `(0, 1)` without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    def _pass(self, sets: Sequence[frozenset[int]], folds: Sequence[int], estimates: list[GaussianEntropy]) -> None:
+        for pixel_values, of_images in self.passes.read(f"transfer entropy of {len(sets)} sets", folds):
+            with self.passes.autocast():
+                for positions, features in self._forward(pixel_values, sets):
+                    for position in positions:
+                        estimate = estimates[position]
+                        estimate.update(features, of_images if estimate.num_folds > 1 else None)
+        merge_across_processes(estimates)

@@ -5,6 +5,7 @@ Source: Lin et al., CVPR 2024, section 3.2.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +14,18 @@ import torch
 import torch.distributed as dist
 
 from .calibration import CalibrationBatches
+from .entropy import SMALLEST_SIGMA
+from .masking import MASKS, OUTPUTS
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
-from .search import COMPARISONS, MASKS, OUTPUTS, AttentionSearch, SelectionStep, rank_and_num_processes
+from .passes import CalibrationPasses, rank_and_num_processes
+from .search import COMPARISONS, NUM_FOLDS, AttentionSearch, SelectionStep
 from .strategies import STRATEGIES
+
+
+logger = logging.getLogger(__name__)
+
+# The standard error of H over D independent Gaussian channels and n images is sqrt(D / 2n): at most half a nat then.
+IMAGES_PER_CHANNEL = 2
 
 
 @dataclass
@@ -25,13 +35,19 @@ class AttentionSelection:
 
     Attributes:
         order: layers in the order they were picked; sorted in `layers`.
-        steps: the search path, one entry per picked layer (empty for strategies that do not search).
+        steps: the search path, one entry per picked layer, with the transfer entropy of every candidate and the
+            stability of the pick (empty for strategies that do not search).
         output_entropy: H(output) of the unmasked model.
         transfer_entropy: of the whole set chosen.
         attention_entropy: H of each layer's attention output, `None` where there is no attention.
         mlp_entropy: H of each layer's MLP output.
         dead_channels: output channels that never change over the calibration set.
-        block_evaluations: blocks computed per calibration batch for the search.
+        num_channels: width of the measured output.
+        block_evaluations: blocks computed per calibration image for the search.
+        naive_block_evaluations: the same if every set that is compared were computed from the image on.
+        pair_transfer_entropy: of each pair of layers, `[layer][layer]`; of single layers on the diagonal; `None` where
+            there is no attention. Empty if it was not asked for.
+        autocast_dtype: what the model computed in, where not in its weights' dtype.
     """
 
     order: list[int]
@@ -46,12 +62,28 @@ class AttentionSelection:
     mlp_entropy: list[float] = field(default_factory=list)
     steps: list[SelectionStep] = field(default_factory=list)
     dead_channels: int = 0
-    block_evaluations: int = 0
+    num_channels: int = 0
+    block_evaluations: float = 0
+    naive_block_evaluations: float = 0
+    pair_transfer_entropy: list[list[float | None]] = field(default_factory=list)
+    autocast_dtype: str | None = None
 
     @property
     def layers(self) -> list[int]:
         """The chosen layers, sorted."""
         return sorted(self.order)
+
+    @property
+    def interactions(self) -> list[list[float | None]]:
+        """
+        TE(ij) - TE(i) - TE(j) of each pair of layers, in nats: 0 if masking the one does not change what masking the
+        other does; `None` on the diagonal and where there is no attention.
+        """
+        pairs = self.pair_transfer_entropy
+        return [
+            [None if i == j or pair is None else pair - pairs[i][i] - pairs[j][j] for j, pair in enumerate(row)]
+            for i, row in enumerate(pairs)
+        ]
 
     def to_dict(self) -> dict:
         """JSON-serialisable, with `layers` first."""
@@ -62,7 +94,7 @@ class AttentionSelection:
         """Inverse of [`~AttentionSelection.to_dict`]."""
         values = {name: value for name, value in values.items() if name != "layers"}
         steps = [
-            SelectionStep(step["selected"], {int(k): v for k, v in step["transfer_entropy"].items()}, step["picked"])
+            SelectionStep(**{**step, "transfer_entropy": {int(k): v for k, v in step["transfer_entropy"].items()}})
             for step in values.pop("steps")
         ]
         return cls(**values, steps=steps)
@@ -135,6 +167,10 @@ def select_attention_layers(
     batch_size: int = 64,
     seed: int = 0,
     disable_tqdm: bool = False,
+    image_processor=None,
+    autocast_dtype: torch.dtype | None = None,
+    pairs: bool = False,
+    reuse_prefixes: bool = True,
 ) -> AttentionSelection:
     """
     Choose the attention layers to remove. The model is left as it was. In a distributed run every process must call
@@ -158,6 +194,12 @@ def select_attention_layers(
         batch_size (`int`, *optional*, defaults to 64): images per batch where `calibration` is not batched.
         seed (`int`, *optional*, defaults to 0): for `"random"`.
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
+        image_processor (*optional*): of Hugging Face, where `calibration` holds pictures.
+        autocast_dtype (`torch.dtype`, *optional*):
+            Run the model under autocast, in `torch.bfloat16` or `torch.float16`. Statistics stay in float64.
+        pairs (`bool`, *optional*, defaults to `False`): measure every pair of layers too.
+        reuse_prefixes (`bool`, *optional*, defaults to `True`):
+            `False`: every set is computed from the image on, to compare; the choice is the same.
 
     Returns:
         [`AttentionSelection`]
@@ -172,17 +214,21 @@ def select_attention_layers(
     choose = strategy if callable(strategy) else STRATEGIES[strategy]
     num_layers = count_layers(len(model.config.kept_layers), num_layers, ratio)
 
-    batches = CalibrationBatches(calibration, batch_size)
-    search = AttentionSearch(model, batches, num_layers, output, mask, compare, seed, disable_tqdm)
+    batches = CalibrationBatches(calibration, batch_size, image_processor, NUM_FOLDS)
+    passes = CalibrationPasses(model, batches, disable_tqdm, autocast_dtype)
+    search = AttentionSearch(passes, num_layers, output, mask, compare, seed, reuse_prefixes)
     was_training = model.training
     model.eval()
     try:
         search.measure_layers()
         order = _same_on_every_process(list(choose(search)))
-        search_blocks = search.block_evaluations
+        blocks = search.block_evaluations
         (transfer_entropy,) = search.transfer_entropy([order])
+        pair_transfer_entropy = search.measure_pairs() if pairs else []
+        output_entropy = search.output_entropy  # measured here, if the strategy has not
     finally:
         model.train(was_training)
+    _warn_of_weak_evidence(search, batches.num_images)
     return AttentionSelection(
         order=order,
         strategy=strategy if isinstance(strategy, str) else strategy.__name__,
@@ -190,14 +236,35 @@ def select_attention_layers(
         mask=mask,
         compare=compare,
         num_images=batches.num_images,
-        output_entropy=search.output_entropy,
+        output_entropy=output_entropy,
         transfer_entropy=transfer_entropy,
         attention_entropy=search.attention_entropy,
         mlp_entropy=search.mlp_entropy,
         steps=search.steps,
         dead_channels=search.dead_channels,
-        block_evaluations=search_blocks,
+        num_channels=search.num_channels,
+        block_evaluations=blocks,
+        naive_block_evaluations=search.naive_block_evaluations,
+        pair_transfer_entropy=pair_transfer_entropy,
+        autocast_dtype=autocast_dtype and str(autocast_dtype).removeprefix("torch."),
     )
+
+
+def _warn_of_weak_evidence(search: AttentionSearch, num_images: int) -> None:
+    num_channels, steps = search.num_channels, search.steps
+    needed = IMAGES_PER_CHANNEL * num_channels
+    if search.dead_channels and rank_and_num_processes()[0] == 0:
+        logger.warning(
+            "%d of %d output channels never change over the calibration images; they are left at sigma = %g.",
+            search.dead_channels, num_channels, SMALLEST_SIGMA,
+        )  # fmt: skip
+    if num_images < needed and rank_and_num_processes()[0] == 0:
+        known = [step.stability for step in steps if step.stability is not None]
+        least = f" The least stable pick holds in {min(known):.0%} of the resamples." if known else ""
+        logger.warning(
+            "%d calibration images are few for an output of %d channels: %d are needed for an entropy that is known to"
+            " half a nat.%s", num_images, num_channels, needed, least,
+        )  # fmt: skip
 
 
 def _same_on_every_process(order: list[int]) -> list[int]:

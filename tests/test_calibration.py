@@ -4,11 +4,12 @@ import random
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lambda_vit_hf.calibration import CalibrationBatches, evenly_spaced, fixed_randomness
+from lambda_vit_hf.calibration import CalibrationBatches, SameImages, evenly_spaced, fixed_randomness
 
 
 class WithoutLength:
@@ -22,6 +23,21 @@ class WithoutLength:
 
 
 IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).reshape(10, 3, 4, 4)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(IMAGES)
+
+
+class Flipping(Dataset):
+    """Images under random augmentation."""
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return IMAGES[index].flip(-1) if random.random() < 0.5 else IMAGES[index]
 
 
 def as_dicts(images):
@@ -41,6 +57,8 @@ UNBATCHED = {
     "datasets.Dataset": lambda: hugging_face(IMAGES, None),
     "datasets.Dataset of tensors": lambda: hugging_face(IMAGES, "torch"),
     "datasets.Dataset of arrays": lambda: hugging_face(IMAGES, "numpy"),
+    "stream": Stream,
+    "datasets.IterableDataset": lambda: hugging_face(IMAGES, "torch").to_iterable_dataset(num_shards=2),
 }
 BATCHED = {
     "list of batches": lambda: list(IMAGES.split(4)),
@@ -61,7 +79,7 @@ def test_every_accepted_kind_gives_the_same_images(kind):
         read = list(batches)
         assert [len(batch) for batch in read] == [4, 4, 2], f"sizes of the {reading} reading"
         assert torch.equal(torch.cat(read), IMAGES), f"images of the {reading} reading"
-        assert (batches.num_batches, batches.num_images) == (3, 10)
+        assert batches.num_images == 10
 
 
 @pytest.mark.parametrize(
@@ -96,9 +114,74 @@ def test_an_empty_calibration_set_is_refused(nothing):
         list(CalibrationBatches(nothing()))
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(IMAGES)
+class Halves:
+    """A processor that makes a tensor of a picture, its values halved."""
+
+    def __call__(self, picture, return_tensors):
+        return {"pixel_values": torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 2}
+
+
+def test_pictures_are_processed():
+    pictures = [PIL.Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in range(6)]
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": pictures}, features=features)
+    for images in (pictures, dataset, dataset.to_iterable_dataset()):
+        read = torch.cat(list(CalibrationBatches(images, 4, Halves())))
+        assert read.shape == (6, 3, 4, 4)
+        assert read[:, 2, 3, 3].tolist() == [0, 0.5, 1, 1.5, 2, 2.5], type(images)
+    with pytest.raises(TypeError, match="image_processor"):
+        CalibrationBatches(pictures)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list of dicts", "list of batches", "stream", "DataLoader"])
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_folds_hold_every_so_many_th_image_and_processes_share_them(kind, num_processes):
+    batches = CalibrationBatches({**UNBATCHED, **BATCHED}[kind](), batch_size=2, num_folds=4)
+    for folds in ([0], [1, 3], [0, 1, 2, 3]):
+        shares = [list(batches.read(folds, rank, num_processes)) for rank in range(num_processes)]
+        read = [
+            (fold, image) for share in shares for images, of in share for fold, image in zip(of, images, strict=True)
+        ]
+        expected = [n for n in range(10) if n % 4 in folds]
+        assert sorted(image[0, 0, 0].item() for _, image in read) == IMAGES[expected, 0, 0, 0].tolist()
+        assert all(image[0, 0, 0].item() in IMAGES[int(fold) :: 4, 0, 0, 0].tolist() for fold, image in read)
+        assert batches.num_images == 10
+
+
+def shuffled(own_generator: bool) -> DataLoader:
+    generator = torch.Generator().manual_seed(0) if own_generator else None
+    return DataLoader(list(IMAGES), batch_size=4, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [lambda: shuffled(False), lambda: shuffled(True), lambda: DataLoader(Flipping(), batch_size=4)],
+    ids=["shuffled", "shuffled by a generator of its own", "augmented"],
+)
+def test_random_loaders_give_the_same_images_at_every_reading(images):
+    batches = CalibrationBatches(images())
+    first, second = (torch.cat(list(batches)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, IMAGES), "nothing random happened"
+
+
+def test_images_that_change_from_one_reading_to_the_next_are_noticed():
+    same = SameImages(num_folds=2)
+    folds = torch.arange(10) % 2
+
+    def read(images):
+        same.forget()
+        for part in (slice(0, 3), slice(3, 10)):
+            same.add(images[part], folds[part])
+        same.check([0, 1])
+
+    read(IMAGES)
+    read(IMAGES)
+    mirrored = IMAGES.clone()
+    mirrored[3] = mirrored[3].flip(-1)
+    for other in (IMAGES.flip(0), mirrored):
+        with pytest.raises(ValueError, match="differ from one reading"):
+            read(other)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +191,8 @@ class Stream(IterableDataset):
         (["a.png"], "str"),
         ([3], "int"),
         (IMAGES[0], r"\(3, 4, 4\)"),
-        (Stream(), r"\(3, 4, 4\)"),
     ],
-    ids=["dict without pixel values", "file names", "numbers", "a single image", "unbatched stream"],
+    ids=["dict without pixel values", "file names", "numbers", "a single image"],
 )
 def test_items_that_are_no_batches_of_images_say_what_they_are(images, named):
     with pytest.raises(TypeError, match=named):

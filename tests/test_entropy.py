@@ -33,6 +33,38 @@ def test_gaussians_of_known_sigma_have_the_known_entropy():
     assert entropy_of(features.split(10_000)).value() == pytest.approx(sigma.log().sum().item(), abs=0.01)
 
 
+def test_the_error_falls_with_the_number_of_samples():
+    sigma = torch.tensor([0.5, 1.0, 3.0, 0.1], dtype=torch.float64)
+    features = torch.randn(400_000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * sigma
+    for count in (400, 4_000, 40_000, 400_000):
+        error = abs(entropy_of([features[:count]]).value() - sigma.log().sum().item())
+        assert error < 3 * math.sqrt(4 / (2 * count)), f"{count} samples"  # three standard errors
+
+
+def test_folds_are_kept_apart_and_add_up_to_the_whole():
+    features = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 50
+    folds = torch.arange(50) % 4
+    estimate = GaussianEntropy(num_folds=4)
+    for part in (slice(0, 7), slice(7, 8), slice(8, 50)):
+        estimate.update(features[part], folds[part])
+    assert estimate.count == 150
+    expected = np.log(features.numpy().reshape(-1, 4).std(axis=0)).sum()
+    assert estimate.value() == pytest.approx(expected, rel=1e-12)
+    for fold in range(4):
+        weights = torch.nn.functional.one_hot(torch.tensor([fold]), 4)
+        expected = np.log(features[fold::4].numpy().reshape(-1, 4).std(axis=0)).sum()
+        assert estimate.values(weights).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_estimates_of_disjoint_images_merge_to_that_of_all():
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    merged = entropy_of([features[:1]])
+    for part in (features[1:20], features[20:]):
+        merged.merge(entropy_of([part]))
+    merged.merge(GaussianEntropy())
+    assert merged.value() == pytest.approx(entropy_of([features]).value(), rel=1e-12)
+
+
 def test_float32_features_far_from_zero_lose_nothing_to_cancellation():
     features = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0)) * 0.25 + 4096.0
     expected = math.log(features.double().std(unbiased=False).item())

@@ -1,11 +1,12 @@
 """Pictures: that they are there, and that they show the numbers they are given."""
 
 import matplotlib
+import numpy as np
 import PIL.Image
 import pytest
 
 from lambda_vit_hf import plotting
-from lambda_vit_hf.plotting import plot_layer_entropies, plot_training
+from lambda_vit_hf.plotting import plot_layer_entropies, plot_pairs, plot_search, plot_training
 from lambda_vit_hf.selection import AttentionSelection, SelectionStep
 
 
@@ -118,6 +119,51 @@ def test_a_selection_without_a_search_is_drawn_too(tmp_path, measured):
         AttentionSelection([1], "given", "none", "skip", "magnitude", **entropies), tmp_path / "entropy.png"
     )
     assert_is_a_picture(tmp_path / "entropy.png")
+
+
+def cells(axes) -> dict[tuple[int, int], str]:
+    """Number written at (row, column)."""
+    return {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axes.texts}
+
+
+def test_every_candidate_of_every_step_has_a_cell_and_picks_are_framed(selection, figures, tmp_path):
+    selection.steps[1].stability = 0.75
+    plot_search(selection, tmp_path / "search.png")
+    assert_is_a_picture(tmp_path / "search.png", at_least=(400, 200))
+    axes, bar = figures[0].axes
+    assert cells(axes) == {(0, 0): "0.500", (0, 1): "0.600", (0, 2): "-0.125", (1, 0): "0.250", (1, 1): "0.750"}
+    framed = [(patch.get_y() + 0.5, patch.get_x() + 0.5) for patch in axes.patches]
+    assert framed == [(0, 2), (1, 0)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1: +2", "2: +0 (75%)"]
+    assert "nats" in bar.get_ylabel()
+    colors = axes.images[0]
+    assert colors.norm(0.0) == 0.5, "white is not 0"
+    assert np.ma.getmaskarray(colors.get_array()).tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_pairs_and_interactions_are_drawn_side_by_side(selection, figures, tmp_path):
+    selection.pair_transfer_entropy = [[1.0, 3.5, None], [3.5, 2.0, None], [None, None, None]]
+    plot_pairs(selection, tmp_path / "pairs.png")
+    assert_is_a_picture(tmp_path / "pairs.png")
+    pairs, interactions = figures[0].axes[:2]
+    assert cells(pairs) == {(0, 0): "1.00", (0, 1): "3.50", (1, 0): "3.50", (1, 1): "2.00"}
+    assert cells(interactions) == {(0, 1): "0.500", (1, 0): "0.500"}
+
+
+def test_what_was_not_measured_cannot_be_drawn(tmp_path):
+    given = AttentionSelection([1], "given", "none", "skip", "magnitude")
+    with pytest.raises(ValueError, match="without a search"):
+        plot_search(given, tmp_path / "search.png")
+    with pytest.raises(ValueError, match="pairs=True"):
+        plot_pairs(given, tmp_path / "pairs.png")
+
+
+@pytest.mark.parametrize("values", [[[0.0, 0.0]], [[5.0]]], ids=["all zero", "a single value"])
+def test_maps_without_spread_are_drawn(values, tmp_path):
+    steps = [SelectionStep([], dict(enumerate(values[0])), 0)]
+    plot_search(AttentionSelection([0], "nose", "class_head", "skip", "magnitude", steps=steps), tmp_path / "s.png")
+    assert_is_a_picture(tmp_path / "s.png", at_least=(300, 200))
 
 
 def test_lambda_and_accuracy_are_drawn_over_steps(figures, tmp_path):

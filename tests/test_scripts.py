@@ -49,26 +49,72 @@ def test_help_answers_and_shows_a_command_to_paste(script):
 def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, capsys, strategy):
     load("select_layers").main(
         [digits_vit, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "30", "--strategy", strategy,
-         "--output_dir", str(tmp_path / "out")]
+         "--pairs", "--autocast", "bfloat16", "--output_dir", str(tmp_path / "out")]
     )  # fmt: skip
     selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
     assert (len(selection.layers), selection.num_images, selection.strategy) == (2, 30, strategy)
-    assert f"layers {selection.layers}" in capsys.readouterr().out
-    PIL.Image.open(tmp_path / "out" / "entropy.png").verify()
+    assert selection.autocast_dtype == "bfloat16"
+    printed = capsys.readouterr().out
+    assert f"layers {selection.layers}" in printed
+    assert ("% of resamples" in printed) == (strategy == "nose")
+    pictures = {"entropy.png", "pairs.png"} | ({"search.png"} if strategy == "nose" else set())
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
+    for name in pictures:
+        PIL.Image.open(tmp_path / "out" / name).verify()
 
 
-def test_compare_selections_trains_each_strategy_from_the_same_base(tmp_path, capsys, monkeypatch):
+def compare(folder: Path, *more: str) -> dict:
     small = [
         "--hidden_size", "16", "--num_hidden_layers", "3", "--num_attention_heads", "2", "--intermediate_size", "32",
-        "--base_num_train_epochs", "0.5", "--num_train_epochs", "0.5", "--num_layers", "1", "--eval_strategy", "no",
-        "--per_device_train_batch_size", "128", "--calibration_size", "32", "--use_cpu", "true", "--warmup_steps", "0",
+        "--base_num_train_epochs", "0.5", "--num_train_epochs", "0.5", "--use_cpu", "true", "--warmup_steps", "0",
+        "--per_device_train_batch_size", "128", "--calibration_size", "32",
     ]  # fmt: skip
-    argv = ["compare_selections.py", str(SCRIPTS / "recipes" / "digits.yaml"), "--seeds", "0", "1"]
-    argv += ["--strategies", "nose", "first", "--output_dir", str(tmp_path / "runs"), *small]
-    monkeypatch.setattr(sys, "argv", argv)
-    load("compare_selections").main()
-    results = json.loads((tmp_path / "runs.json").read_text())
-    nose, first = results["strategies"]
-    assert nose["base"] == first["base"], "the strategies started from different models"
-    assert first["layers"] == [[0], [0]]
-    assert "| first |" in capsys.readouterr().out
+    recipe = str(SCRIPTS / "recipes" / "digits.yaml")
+    load("compare_selections").main(
+        [recipe, *small, "--num_removed", "1", "--random_sets", "3", "--output_dir", str(folder / "runs"), *more]
+    )
+    return json.loads((folder / "runs.json").read_text())
+
+
+def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tmp_path, capsys):
+    chosen = ["--seeds", "0", "1", "--strategies", "nose", "first", "cosine"]
+    results = compare(tmp_path, *chosen)
+    assert [run["layers"] for run in results["runs"] if run["strategy"] == "first"] == [[0], [0]]
+    for seed in (0, 1):
+        of_seed = [run for run in results["runs"] if run["seed"] == seed]
+        assert len({run["top1_before"] for run in of_seed}) == 1, "the strategies started from different models"
+        assert all(
+            run["top1_diluted"] == results["trainings"][f"seed {seed}, layers {run['layers'][0]}"]["top1"]
+            for run in of_seed
+        )
+    assert len(results["trainings"]) == len({(run["seed"], *run["layers"]) for run in results["runs"]})
+    first = next(row for row in results["table"] if row["strategy"] == "first")
+    values = [run["top1_diluted"] for run in results["runs"] if run["strategy"] == "first"]
+    assert first["top1_diluted"]["mean"] == pytest.approx(sum(values) / 2)
+    assert len(results["choices"]) == 2 * 12
+    assert [tried["seed"] for tried in results["random_sets"]] == [0, 1]
+    assert "| 1 | first |" in capsys.readouterr().out
+
+    again = compare(tmp_path, *chosen)
+    assert "top-1" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
+    assert again["trainings"] == results["trainings"]
+    with pytest.raises(ValueError, match="other settings"):
+        compare(tmp_path, "--seeds", "0", "--strategies", "nose")
+
+
+def test_compare_selections_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):
+    results = compare(
+        tmp_path,
+        "--seeds",
+        "7",
+        "--strategies",
+        "last",
+        "--base_models",
+        digits_vit,
+        "--num_train_images",
+        "400",
+        "--random_sets",
+        "0",
+    )
+    assert results["runs"][0]["layers"] == [3], "not the four layers of the model given"
+    assert results["settings"]["num_train_images"] == 400

@@ -1,14 +1,20 @@
 import copy
 import itertools
+import json
+import logging
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lambda_vit_hf import LambdaViTForImageClassification, LambdaViTModel, select_attention_layers, strategies
 from lambda_vit_hf.selection import AttentionSelection, count_layers
 from lambda_vit_hf.strategies import beam
+
+from .numpy_vit import entropy, masked_output
 
 
 @pytest.fixture
@@ -16,60 +22,90 @@ def images() -> torch.Tensor:
     return torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def reference_output(model, images, masked, mask, output):
-    """The masked model, written out block by block, whole set at once."""
-    x = model.vit.embeddings(images)
-    for index, layer in enumerate(model.encoder_layers):
-        if index in masked:
-            x = x if mask == "skip" else x + x
-        else:
-            x = x + layer.attention(layer.layernorm_before(x))[0]
-        x = x + layer.mlp(layer.layernorm_after(x))
-    x = model.vit.layernorm(x)
-    return {"class_head": model.classifier(x[:, 0]), "class_token": x[:, 0], "token_mean": x.mean(1)}[output]
+def train(model, steps: int = 30) -> None:
+    """Teaches the model which of five patterns lies under the noise: weights that mean something, in a second."""
+    generator = torch.Generator().manual_seed(5)
+    patterns = torch.randn(5, 3, 16, 16, generator=generator)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    for _ in range(steps):
+        labels = torch.randint(5, (32,), generator=generator)
+        images = patterns[labels] + torch.randn(32, 3, 16, 16, generator=generator)
+        model(images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert (model(images).logits.argmax(-1) == labels).float().mean() > 0.6, "the model has learnt nothing"
 
 
-def reference_nose(model, images, num_layers, mask, output, compare="magnitude"):
-    """NOSE from its definition, nothing shared or streamed."""
-
-    @torch.no_grad()
-    def entropy(masked):
-        features = reference_output(model, images, masked, mask, output).double().numpy()
-        return np.log(features.std(axis=0)).sum()
-
+def reference_nose(model, images, num_layers, mask="skip", output="class_head", compare="magnitude"):
+    """NOSE from its definition, in numpy, nothing shared or streamed."""
     chosen, path = [], []
+    unmasked = entropy(masked_output(model, images, [], mask, output))
     while len(chosen) < num_layers:
-        values = {i: entropy([]) - entropy([*chosen, i]) for i in range(6) if i not in chosen}
+        left = [layer for layer in range(model.config.num_hidden_layers) if layer not in chosen]
+        values = {i: unmasked - entropy(masked_output(model, images, [*chosen, i], mask, output)) for i in left}
         chosen.append(min(values, key=lambda i: abs(values[i]) if compare == "magnitude" else values[i]))
         path.append(values)
     return chosen, path
 
 
-@pytest.mark.parametrize("mask", ["skip", "identity"])
-@pytest.mark.parametrize("output", ["class_head", "class_token", "token_mean"])
-def test_nose_equals_a_plain_reference(model, images, mask, output):
-    model = model.double()
-    images = images.double()
-    selection = select_attention_layers(model, images, num_layers=4, mask=mask, output=output, batch_size=7)
-    order, path = reference_nose(model, images, 4, mask, output)
+def assert_same_search(selection, reference) -> None:
+    order, path = reference
     assert selection.order == order
     for step, expected in zip(selection.steps, path, strict=True):
         assert step.transfer_entropy == pytest.approx(expected, rel=1e-9)
+    assert selection.transfer_entropy == pytest.approx(path[-1][order[-1]], rel=1e-9)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+@pytest.mark.parametrize("output", ["class_head", "class_token", "token_mean"])
+def test_nose_equals_a_plain_reference(model, images, mask, output, trained):
+    if trained:
+        train(model)
+    model, images = model.double(), images.double()
+    selection = select_attention_layers(
+        model, images, num_layers=4, mask=mask, output=output, batch_size=7, disable_tqdm=True
+    )
+    assert_same_search(selection, reference_nose(model, images, 4, mask, output))
+
+
+def test_neither_batch_size_nor_order_changes_it(model, images):
+    train(model)
+    model, images = model.double(), images.double()
+    reference = reference_nose(model, images, 3, "identity")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for batch_size, shown in ((1, images), (64, images), (7, images[order])):
+        selection = select_attention_layers(
+            model, shown, num_layers=3, mask="identity", batch_size=batch_size, disable_tqdm=True
+        )
+        assert_same_search(selection, reference)
 
 
 def test_comparing_by_value_takes_the_most_negative(model, images):
     model, images = model.double(), images.double()
     selection = select_attention_layers(model, images, num_layers=3, compare="value")
-    assert selection.order == reference_nose(model, images, 3, "skip", "class_head", "value")[0]
+    assert_same_search(selection, reference_nose(model, images, 3, compare="value"))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batch_size_and_order_do_not_matter(model, images, batch_size):
-    expected = select_attention_layers(model, images, num_layers=3)
-    shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    selection = select_attention_layers(model, shuffled, num_layers=3, batch_size=batch_size)
-    assert selection.order == expected.order
-    assert selection.output_entropy == pytest.approx(expected.output_entropy, rel=1e-5)
+@pytest.mark.parametrize("as_stream", [False, True], ids=["dataset", "stream"])
+def test_a_guess_on_some_of_the_images_does_not_change_the_answer(model, images, as_stream, monkeypatch):
+    # The guess is wrong here: noise decides on an eighth of so few images.
+    monkeypatch.setattr(strategies, "FEWEST_IMAGES", 1)
+    model, images = model.double(), images.double()
+    calibration = datasets.Dataset.from_dict({"pixel_values": images.numpy()}).with_format("torch")
+    if as_stream:
+        calibration = calibration.to_iterable_dataset()
+    selection = select_attention_layers(model, calibration, num_layers=4, disable_tqdm=True)
+    assert_same_search(selection, reference_nose(model, images, 4))
+    assert selection.num_images == 40
+
+
+def test_a_shuffled_loader_selects_what_its_images_do(model, images):
+    model, images = model.double(), images.double()
+    loader = DataLoader(list(images), batch_size=7, shuffle=True, generator=torch.Generator().manual_seed(1))
+    selection = select_attention_layers(model, loader, num_layers=3, disable_tqdm=True)
+    assert_same_search(selection, reference_nose(model, images, 3))
 
 
 def test_an_attention_layer_that_is_exactly_useless_is_picked_first_with_transfer_entropy_zero(model, images):
@@ -79,17 +115,6 @@ def test_an_attention_layer_that_is_exactly_useless_is_picked_first_with_transfe
     step = select_attention_layers(model, images, num_layers=1).steps[0]
     assert step.picked == 3
     assert step.transfer_entropy[3] == 0.0
-
-
-def test_shared_beginnings_are_computed_once(model, images):
-    blocks = []
-    for layer in model.encoder_layers:
-        layer.mlp.register_forward_hook(lambda *_: blocks.append(1))
-    selection = select_attention_layers(model, images, num_layers=3, batch_size=40)
-    search_blocks = len(blocks) - 6 - 6  # the layers' own entropies, and the chosen set's, take one pass each
-    assert search_blocks == selection.block_evaluations
-    naive = 6 * (1 + 6 + 5 + 4)
-    assert selection.block_evaluations < 0.75 * naive
 
 
 def test_the_model_is_left_as_it_was(model, images):
@@ -158,7 +183,7 @@ def test_a_beam_of_one_is_nose_and_a_full_beam_is_exhaustive(model, images):
     assert full.layers == exhaustive.layers
     middle = select_attention_layers(model, images, num_layers=3, strategy="beam")
     for other in (middle, nose):
-        assert abs(exhaustive.transfer_entropy) <= abs(other.transfer_entropy)
+        assert abs(exhaustive.transfer_entropy) <= abs(other.transfer_entropy) * (1 + 1e-9)  # rounding of sums
 
 
 def test_lowest_entropy_sorts_by_the_attentions_own_entropy(model, images):
@@ -203,6 +228,100 @@ def test_a_selection_survives_json(model, images, tmp_path):
     selection = select_attention_layers(model, images, num_layers=3)
     selection.save(tmp_path / "selection.json")
     assert AttentionSelection.load(tmp_path / "selection.json") == selection
+
+
+def test_a_selection_of_an_older_version_is_read(tmp_path):
+    old = {"layers": [1], "order": [1], "strategy": "nose", "output": "class_head", "mask": "skip",
+           "compare": "magnitude", "steps": [{"selected": [], "transfer_entropy": {"0": 2.0, "1": -0.5}, "picked": 1}],
+           "block_evaluations": 12}  # fmt: skip
+    (tmp_path / "selection.json").write_text(json.dumps(old))
+    selection = AttentionSelection.load(tmp_path / "selection.json")
+    assert selection.steps[0].transfer_entropy == {0: 2.0, 1: -0.5}
+    assert selection.steps[0].stability is None
+    assert selection.pair_transfer_entropy == selection.interactions == []
+
+
+def test_pairs_are_measured_on_request(model, images):
+    model, images = model.double(), images.double()
+    model.remove_attention([4])
+    selection = select_attention_layers(model, images, num_layers=1, strategy="first", pairs=True)
+    pairs, interactions = selection.pair_transfer_entropy, selection.interactions
+    assert pairs[4] == [None] * 6 and [row[4] for row in interactions] == [None] * 6
+    values = []
+
+    def measure(search):
+        values.extend(search.transfer_entropy([[2], [5], [2, 5]]))
+        return [0]
+
+    select_attention_layers(model, images, num_layers=1, strategy=measure)
+    assert [pairs[2][2], pairs[5][5], pairs[2][5]] == pytest.approx(values, rel=1e-9)
+    assert pairs[5][2] == pairs[2][5]
+    assert interactions[2][5] == pytest.approx(values[2] - values[0] - values[1], rel=1e-9)
+    assert interactions[2][2] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_model_computes_in_half_precision_and_the_statistics_do_not(model, images, dtype):
+    seen = []
+    model.encoder_layers[0].mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    measured = []
+
+    def measure(search):
+        measured.append(search.step([])[3])
+        moments = search._moments[frozenset([3])]
+        assert moments.means.dtype == moments.squared_deviations.dtype == torch.float64
+        return [3]
+
+    half = select_attention_layers(model, images, num_layers=1, strategy=measure, autocast_dtype=dtype)
+    assert set(seen) == {dtype}
+    assert half.autocast_dtype == str(dtype).removeprefix("torch.")
+    whole = select_attention_layers(model, images, num_layers=1, strategy=measure)
+    assert measured[0] != measured[1]
+    assert measured[0] == pytest.approx(measured[1], abs=0.02)
+    assert half.mlp_entropy == pytest.approx(whole.mlp_entropy, abs=0.1)
+
+
+def test_a_clear_pick_is_stable_and_a_toss_up_is_not(model, images):
+    with torch.no_grad():
+        for parameter in model.encoder_layers[3].attention.o_proj.parameters():
+            parameter.zero_()
+    clear = select_attention_layers(model, images, num_layers=1).steps[0]
+    assert (clear.picked, clear.stability, clear.standard_error) == (3, 1.0, 0.0)
+    with torch.no_grad():
+        for parameter in model.encoder_layers[2].attention.o_proj.parameters():
+            parameter.mul_(1e-3)
+    # Layers 1 and 2 of a stream that both leave almost alone: which is nearer to 0 depends on the images.
+    with torch.no_grad():
+        for parameter in model.encoder_layers[1].attention.o_proj.parameters():
+            parameter.mul_(1e-3)
+    second = select_attention_layers(model, images, num_layers=2).steps[1]
+    assert second.picked in (1, 2)
+    assert 0.2 < second.stability < 0.999
+    assert second.standard_error > 0
+
+
+def test_one_image_has_no_stability(model, images):
+    assert select_attention_layers(model, images[:1], num_layers=1).steps[0].stability is None
+
+
+def test_too_few_images_for_the_width_are_a_warning_with_the_number_needed(model, images, caplog):
+    with caplog.at_level(logging.WARNING):
+        select_attention_layers(model, images[:10], num_layers=1)
+        assert caplog.text == ""
+        selection = select_attention_layers(model, images, num_layers=1, output="class_token")
+    assert selection.num_channels == 32
+    assert "40 calibration images are few for an output of 32 channels: 64 are needed" in caplog.text
+    assert "of the resamples" in caplog.text
+
+
+def test_dead_channels_are_counted_and_said(model, images, caplog):
+    with torch.no_grad():
+        model.classifier.weight[2].zero_()
+    with caplog.at_level(logging.WARNING):
+        selection = select_attention_layers(model, images, num_layers=1)
+    assert selection.dead_channels == 1
+    assert "1 of 5 output channels never change" in caplog.text
+    assert np.isfinite(selection.output_entropy)
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.4, 5), (0.5, 6), (0.25, 3), (0.3, 4), (0.0, 0)])

@@ -1,73 +1,161 @@
 """Compare ways of choosing layers: same base models, same training, several seeds; print the table, save the figures.
 
-    python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml
-    python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml --seeds 0 1 --strategies nose last
+    python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml --num_train_epochs 8
+    python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml --seeds 0 1 --num_removed 3 6 \
+        --strategies nose last --random_sets 0 --output_dir outputs/quick
+    python trainer_scripts/compare_selections.py trainer_scripts/recipes/fashion_mnist.yaml --dataset_dir DIR \
+        --base_models BASE0 BASE1 BASE2 --num_train_images 10000 --num_removed 3 6 \
+        --strategies nose cosine first last random --output_dir outputs/fashion_mnist_comparison
 
-Every other option is passed on to train.py. Runs land in OUTPUT_DIR/seed-N/STRATEGY, figures in OUTPUT_DIR.json.
+For each seed: a base model, trained by the recipe or given; every strategy at every number of removed layers, with its
+transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once);
+what NOSE picks under each of its open choices; and random sets, to see how well transfer entropy foretells the loss of
+accuracy. Every other option goes to the recipe, as with train.py.
+
+Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped.
 """
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
+import time
 from pathlib import Path
 
 
-def main() -> None:
+STRATEGIES = ["nose", "exhaustive", "beam", "lowest_entropy", "cosine", "first", "last", "random"]
+MEASURED = ("transfer_entropy", "top1_before", "top1_skip", "top1_identity", "top1_diluted")
+
+
+def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--strategies", nargs="+", default=["nose", "first", "last", "random"])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/digits_selection"))
-    options, passed_on = parser.parse_known_args()
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--num_removed", type=int, nargs="+", default=[3, 4, 5, 6])
+    parser.add_argument("--base_models", nargs="+", help="a trained model per seed; without it the recipe trains them")
+    parser.add_argument("--num_train_images", type=int, help="train on this many, evenly spaced; all by default")
+    parser.add_argument("--random_sets", type=int, default=48, help="per seed, of the least and most layers; 0: none")
+    parser.add_argument("--train_choices", action="store_true", help="dilute what NOSE picks under each choice, too")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
+    options, passed_on = parser.parse_known_args(argv)
+    if options.base_models and len(options.base_models) != len(options.seeds):
+        parser.error(f"--base_models: one per seed, {len(options.seeds)}, not {len(options.base_models)}")
+    return options, passed_on
 
-    from lambda_vit_hf.arguments import (
-        DataArguments,
-        LambdaTrainingArguments,
-        ModelArguments,
-        RemovalArguments,
-        parse_arguments,
-    )
-    from lambda_vit_hf.training import run_training
 
-    kinds = [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments]
-    runs = []
-    for seed in options.seeds:
-        base = None
-        for strategy in options.strategies:
-            folder = options.output_dir / f"seed-{seed}" / strategy
-            argv = [options.recipe, *passed_on, "--output_dir", str(folder), "--strategy", strategy]
-            argv += ["--seed", str(seed), "--overwrite_output_dir", "--save_strategy", "no"]
-            argv += ["--model_name_or_path", str(base)] if base else []
-            metrics = run_training(*parse_arguments(argv, kinds))
-            if base is None and (folder / "base").is_dir():
-                base = folder / "base"
-            runs.append({"seed": seed, "strategy": strategy, **metrics})
+def open_results(path: Path, settings: dict) -> dict:
+    """What an interrupted run of the same settings has measured, or nothing yet."""
+    if not path.is_file():
+        return {"settings": settings, "trainings": {}}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["settings"] != settings:
+        changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
+                   if results["settings"].get(name) != value}  # fmt: skip
+        raise ValueError(f"{path} holds figures of other settings (then, now): {changed}. Give another --output_dir.")
+    return results
 
-    table = [
-        {
-            "strategy": strategy,
-            "base": [run["before"]["top1"] for run in runs if run["strategy"] == strategy],
-            "removed": [run["after"]["top1"] for run in runs if run["strategy"] == strategy],
-            "layers": [run["layers"] for run in runs if run["strategy"] == strategy],
-        }
-        for strategy in options.strategies
-    ]
-    results = {"recipe": Path(options.recipe).name, "seeds": options.seeds, "environment": runs[0]["environment"]}
+
+def main(argv: list[str] | None = None) -> None:
+    options, passed_on = read_command_line(argv)
+
+    from lambda_vit_hf.benchmarking import describe_environment
+    from lambda_vit_hf.comparison import Experiment
+
     path = options.output_dir.with_suffix(".json")
-    path.write_text(json.dumps({**results, "strategies": table}, indent=2) + "\n", encoding="utf-8")
-    print_table(table)
+    settings = {
+        "recipe": Path(options.recipe).name, "overrides": passed_on, "seeds": options.seeds,
+        "strategies": options.strategies, "num_removed": options.num_removed,
+        "num_train_images": options.num_train_images, "num_random_sets": options.random_sets,
+        "train_choices": options.train_choices,
+    }  # fmt: skip
+    results = open_results(path, settings)
+    experiment = Experiment(options.recipe, passed_on, options.output_dir, options.num_train_images)
+    checkpoints = dict(zip(options.seeds, options.base_models or [None] * len(options.seeds), strict=True))
+    results |= {
+        "command": shlex.join(["python", *(sys.argv if argv is None else ["compare_selections.py", *argv])]),
+        "environment": describe_environment(experiment.training_args.device),
+        "num_validation_images": len(experiment.splits["validation"]),
+    }
+
+    def save() -> None:
+        results["table"] = tabulate(results.get("runs", []))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    measure(results, options, experiment, checkpoints, save)
+    train(results, options, experiment, checkpoints, save)
+    print_table(results["table"])
     print(f"\nFigures in {path}")
 
 
-def print_table(table: list[dict]) -> None:
-    print(f"\n| layers chosen | top-1 before (%) | top-1 after (%) | change | layers, seed by seed |\n|{'---|' * 5}")
-    for row in table:
-        before, after = (statistics.mean(row[name]) * 100 for name in ("base", "removed"))
-        spread = statistics.stdev(row["removed"]) * 100 if len(row["removed"]) > 1 else 0.0
-        layers = "; ".join(" ".join(map(str, chosen)) for chosen in row["layers"])
-        print(f"| {row['strategy']} | {before:.2f} | {after:.2f} ± {spread:.2f} | {after - before:+.2f} | {layers} |")
+def measure(results: dict, options, experiment, checkpoints: dict, save) -> None:
+    """All that needs no training; a seed is measured once."""
+    results.setdefault("runs", [])
+    results.setdefault("choices", [])
+    results.setdefault("random_sets", [])
+    done = {run["seed"] for run in results["runs"]}
+    for seed in options.seeds:
+        if seed in done:
+            continue
+        print(f"seed {seed}: base model, strategies, random sets", flush=True)
+        base = experiment.base_model(seed, checkpoints[seed])
+        runs, choices, random_sets = base.compare_strategies(options.strategies, options.num_removed), [], []
+        if options.random_sets:
+            choices = base.try_choices(options.num_removed)
+            for num_layers in sorted({min(options.num_removed), max(options.num_removed)}):
+                random_sets.append(base.try_random_sets(num_layers, options.random_sets))
+        results["runs"] += runs
+        results["choices"] += choices
+        results["random_sets"] += random_sets
+        save()
+
+
+def train(results: dict, options, experiment, checkpoints: dict, save) -> None:
+    """Dilution of every set of layers that was chosen, each once per seed."""
+    wanted = list(results["runs"])
+    if options.train_choices:
+        wanted += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
+    for number, run in enumerate(wanted, 1):
+        key = f"seed {run['seed']}, layers {' '.join(map(str, run['layers']))}"
+        if key not in results["trainings"]:
+            start = time.monotonic()
+            top1 = experiment.dilute(run["layers"], run["seed"], checkpoints[run["seed"]])
+            results["trainings"][key] = {"top1": top1, "seconds": round(time.monotonic() - start, 1)}
+            print(f"{number} of {len(wanted)}: {key}: top-1 {top1:.4f}", flush=True)
+        run["top1_diluted"] = results["trainings"][key]["top1"]
+        save()
+
+
+def tabulate(runs: list[dict]) -> list[dict]:
+    """Mean and standard deviation over seeds."""
+    rows = []
+    for number, strategy in dict.fromkeys((run["num_removed"], run["strategy"]) for run in runs):
+        same = [run for run in runs if (run["num_removed"], run["strategy"]) == (number, strategy)]
+        row = {"num_removed": number, "strategy": strategy, "layers": [run["layers"] for run in same]}
+        for name in MEASURED:
+            values = [run[name] for run in same if name in run]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[name] = {"mean": statistics.mean(values), "deviation": deviation}
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print("\n| removed | strategy | TE (nats) | top-1 before (%) | skipped (%) | doubled (%) | diluted (%) | layers |")
+    print(f"|{'---|' * 8}")
+    for row in rows:
+        cells = [str(row["num_removed"]), row["strategy"]]
+        for name in MEASURED:
+            scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
+            mean, deviation = (scale * row[name][key] if name in row else 0.0 for key in ("mean", "deviation"))
+            cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}" if name in row else "")
+        cells.append("; ".join(" ".join(map(str, chosen)) for chosen in row["layers"]))
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

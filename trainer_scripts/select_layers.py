@@ -4,7 +4,9 @@
     python trainer_scripts/select_layers.py facebook/deit-base-patch16-224 --dataset_dir path/to/images --ratio 0.4 \
         --output_dir outputs/selection
 
-Needs no training; a few hundred images of the training set will do.
+Needs no training. Leaves in OUTPUT_DIR: selection.json, with all raw figures; entropy.png, the entropy of attention
+and MLP by depth; search.png, the transfer entropy of every candidate at every step; with --pairs also pairs.png.
+What the figures mean: docs/nose.md.
 """
 
 import argparse
@@ -26,6 +28,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", default="magnitude", help="magnitude or value")
     parser.add_argument("--num_images", type=int, default=512, help="of the training set, evenly spaced")
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--autocast", choices=["bfloat16", "float16"], help="to compute in; statistics stay in float64"
+    )
+    parser.add_argument("--pairs", action="store_true", help="measure how each pair of layers acts together, too")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/selection"))
     return parser.parse_args(argv)
 
@@ -39,8 +45,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
     from lambda_vit_hf.calibration import evenly_spaced
-    from lambda_vit_hf.data import ProcessedImages, load_image_dataset
-    from lambda_vit_hf.plotting import plot_layer_entropies
+    from lambda_vit_hf.data import ProcessedImages
+    from lambda_vit_hf.plotting import plot_layer_entropies, plot_pairs, plot_search
+    from lambda_vit_hf.sources import load_image_dataset
 
     model = LambdaViTForImageClassification.from_pretrained(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,14 +63,30 @@ def main(argv: list[str] | None = None) -> None:
         mask=arguments.mask,
         compare=arguments.compare,
         batch_size=arguments.batch_size,
+        autocast_dtype=getattr(torch, arguments.autocast) if arguments.autocast else None,
+        pairs=arguments.pairs,
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     selection.save(arguments.output_dir / "selection.json")
     plot_layer_entropies(selection, arguments.output_dir / "entropy.png")
+    if selection.steps:
+        plot_search(selection, arguments.output_dir / "search.png")
+    if selection.pair_transfer_entropy:
+        plot_pairs(selection, arguments.output_dir / "pairs.png")
+    print_selection(selection)
+    print(f"selection.json and pictures are in {arguments.output_dir}")
+
+
+def print_selection(selection) -> None:
     for step in selection.steps:
-        print(f"+ layer {step.picked:>2}   transfer entropy {step.transfer_entropy[step.picked]:+.4f} nats")
+        line = f"+ layer {step.picked:>2}   transfer entropy {step.transfer_entropy[step.picked]:+.4f}"
+        if step.stability is not None:
+            line += f" ± {step.standard_error:.4f} nats   picked in {step.stability:.0%} of resamples"
+        print(line)
     print(f"layers {selection.layers}, transfer entropy of the set {selection.transfer_entropy:+.4f} nats")
-    print(f"selection.json and entropy.png are in {arguments.output_dir}")
+    if selection.steps:
+        share = selection.block_evaluations / selection.naive_block_evaluations
+        print(f"{selection.block_evaluations:,.0f} blocks computed per image, {share:.2f} of the naive search")
 
 
 if __name__ == "__main__":

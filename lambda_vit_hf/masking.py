@@ -1,0 +1,89 @@
+"""Forward passes of a model with sets of attention layers masked, so that nothing is computed twice.
+
+Masking a layer leaves every block before it unchanged. So all sets of a request are walked as one tree of decisions,
+block by block, and each shared beginning is computed once per batch. Above the last attention that a set leaves, only
+the class token is computed, if it is all that is measured. Tokens are not merged here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+
+OUTPUTS = ("class_head", "class_token", "token_mean")
+MASKS = ("skip", "identity")
+
+
+def count_blocks(sets: Iterable[Iterable[int]], num_layers: int) -> int:
+    """Blocks that [`MaskedForward`] computes for these sets, each shared beginning once; a masked block is one too."""
+    sets = {frozenset(layers) for layers in sets}
+    # A block is computed once for each way to mask the layers up to and including it.
+    return sum(len({one & frozenset(range(index + 1)) for one in sets}) for index in range(num_layers))
+
+
+class MaskedForward:
+    """
+    Outputs of a model for one batch and many sets of masked attention layers.
+
+    Memory grows with batch size and depth (one hidden state per open branch of the tree), not with the number of sets.
+
+    Args:
+        model ([`LambdaViTPreTrainedModel`]): in eval mode.
+        output (`str`): what is returned: `"class_head"`, `"class_token"` or `"token_mean"`, after the final LayerNorm.
+        mask (`str`): a masked layer passes its input on (`"skip"`), or doubles it (`"identity"`).
+        reuse_prefixes (`bool`, *optional*, defaults to `True`): `False` computes every set from the image on.
+
+    Attributes:
+        blocks (`int`): blocks computed so far, times the images of the batch they were computed for; a masked block,
+            of which only the MLP is left, and a block for the class token alone count as whole ones.
+    """
+
+    def __init__(self, model, output: str, mask: str, reuse_prefixes: bool = True):
+        self.model, self.output, self.mask, self.reuse_prefixes = model, output, mask, reuse_prefixes
+        self.blocks = 0
+
+    def __call__(
+        self, pixel_values: torch.Tensor, sets: Sequence[Iterable[int]]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """
+        Yields, once per distinct set, the positions in `sets` that hold it and the output, `(batch, features)`.
+        """
+        pending = [(position, frozenset(layers)) for position, layers in enumerate(sets)]
+        hidden_states = self.model.base_model.embeddings(pixel_values)
+        for together in [pending] if self.reuse_prefixes else [[pair] for pair in pending]:
+            yield from self._walk(hidden_states, 0, together)
+
+    def _walk(self, hidden_states: torch.Tensor, depth: int, pending: list[tuple[int, frozenset[int]]]) -> Iterator:
+        for index in range(depth, len(self.model.encoder_layers)):
+            masked = [pair for pair in pending if index in pair[1]]
+            pending = [pair for pair in pending if index not in pair[1]]
+            if masked:
+                yield from self._walk(self._block(hidden_states, index, masked, is_masked=True), index + 1, masked)
+            if not pending:
+                return
+            hidden_states = self._block(hidden_states, index, pending, is_masked=False)
+        yield [position for position, _ in pending], self._measured(hidden_states)
+
+    def _block(self, hidden_states: torch.Tensor, index: int, pending: list, is_masked: bool) -> torch.Tensor:
+        self.blocks += len(hidden_states)
+        layer = self.model.encoder_layers[index]
+        # Without attention tokens do not see each other: above the last one only the measured token is computed.
+        first_only = (
+            self.reuse_prefixes and self.output != "token_mean" and not self._is_attention_left(index, pending)
+        )
+        if is_masked:
+            hidden_states = 2 * hidden_states if self.mask == "identity" else hidden_states
+        else:
+            hidden_states = layer.mix_tokens(hidden_states, class_token_only=first_only)
+        return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
+
+    def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:
+        above = [layer for layer in self.model.config.kept_layers if layer > index]
+        return any(layer not in masked for layer in above for _, masked in pending)
+
+    def _measured(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.model.base_model.layernorm(hidden_states)
+        if self.output == "token_mean":
+            return hidden_states.mean(dim=1)
+        class_token = hidden_states[:, 0]
+        return self.model.classifier(class_token) if self.output == "class_head" else class_token

@@ -1,0 +1,116 @@
+"""Passes over the calibration images: this process's share of them, with progress, and what one pass measures."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+from .calibration import CalibrationBatches, SameImages
+from .entropy import GaussianEntropy, merge_across_processes
+
+
+class CalibrationPasses:
+    """
+    Reads calibration images for a model. With several processes each gets its share, and all get the same results.
+
+    Args:
+        model ([`LambdaViTPreTrainedModel`]): in eval mode.
+        batches ([`CalibrationBatches`]): the images.
+        disable_tqdm (`bool`): no progress bar; there is one on the first process only.
+        autocast_dtype (`torch.dtype`, *optional*): for [`~CalibrationPasses.autocast`].
+    """
+
+    def __init__(
+        self, model, batches: CalibrationBatches, disable_tqdm: bool, autocast_dtype: torch.dtype | None = None
+    ):
+        self.model, self.batches = model, batches
+        self.disable_tqdm, self.autocast_dtype = disable_tqdm, autocast_dtype
+        self._same_images = SameImages(batches.num_folds)
+
+    def read(
+        self, description: str, folds: Sequence[int] | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Yields own batches `(batch, channels, height, width)` of some folds, or of all images, on the model's device
+        and in its dtype, with the fold of each image, `(batch,)`.
+
+        Raises:
+            ValueError: after the last batch, if the images were not the same as at an earlier reading.
+        """
+        rank, num_processes = rank_and_num_processes()
+        folds = range(self.batches.num_folds) if folds is None else folds
+        share = len(folds) / self.batches.num_folds / num_processes
+        expected = round(self.batches.num_images * share) or None
+        hidden = self.disable_tqdm or rank > 0
+        self._same_images.forget()
+        with tqdm(desc=description, total=expected, unit="image", leave=False, disable=hidden) as bar:
+            for pixel_values, of_images in self.batches.read(folds, rank, num_processes):
+                self._same_images.add(pixel_values, of_images)
+                yield pixel_values.to(self.model.device, self.model.dtype), of_images
+                bar.update(len(pixel_values))
+        self._same_images.sums = sum_over_processes(self._same_images.sums)
+        self._same_images.check(folds)
+
+    def autocast(self):
+        """Context in which the model computes in `autocast_dtype`; float64 stays as it is."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, self.autocast_dtype)
+
+    def layer_entropies(self) -> tuple[list[float | None], list[float]]:
+        """H, in nats, over images and tokens, of each layer's attention output (`None` without) and MLP output."""
+        layers = self.model.encoder_layers
+        attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
+        mlp = [GaussianEntropy() for _ in layers]
+        for pixel_values, _ in self.read("layer entropies"):
+            with self.autocast():
+                hidden_states = self.model.base_model.embeddings(pixel_values)
+                for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
+                    if of_attention is not None:
+                        of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
+                    hidden_states = layer.mix_tokens(hidden_states)
+                    branch = layer.mlp(layer.layernorm_after(hidden_states))
+                    of_mlp.update(branch)
+                    hidden_states = hidden_states + branch
+        merge_across_processes([*(one for one in attention if one is not None), *mlp])
+        return [None if one is None else one.value() for one in attention], [one.value() for one in mlp]
+
+    def attention_influence(self) -> list[float | None]:
+        """
+        How much each layer's attention turns the stream: 1 - cos(x, x + Attention(LayerNorm(x))), the mean over images
+        and tokens; `None` without attention. The block influence of ShortGPT (arXiv 2403.03853) and LLM-Drop (arXiv
+        2406.15786).
+        """
+        layers = self.model.encoder_layers
+        sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
+        for pixel_values, _ in self.read("attention influence"):
+            with self.autocast():
+                hidden_states = self.model.base_model.embeddings(pixel_values)
+                sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
+                for index, layer in enumerate(layers):
+                    mixed = layer.mix_tokens(hidden_states)
+                    cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
+                    sums[index] += (1 - cosine).sum().cpu()
+                    hidden_states = layer.feed_forward(mixed)
+        sums = sum_over_processes(sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        return [None if layer.attention is None else mean for layer, mean in zip(layers, means, strict=True)]
+
+
+def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
+    """Sum over torch's default process group, in rank order: the same on each process."""
+    num_processes = rank_and_num_processes()[1]
+    if num_processes == 1:
+        return numbers
+    parts = [None] * num_processes
+    dist.all_gather_object(parts, numbers)
+    return torch.stack(parts).sum(dim=0)
+
+
+def rank_and_num_processes() -> tuple[int, int]:
+    """Of torch's default process group; `(0, 1)` without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
