@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality clean
+.PHONY: help demo benchmark test style quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.train  ## Digits: train a ViT, remove 6 of its 12 attention layers, print before and after
 	$(BIN)/accelerate launch --config_file $(CONFIG) trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --overwrite_output_dir
+
+benchmark: $(VENV)/.train  ## Measure inference on this machine: DeiT-B shape, with and without 5 attention layers
+	$(BIN)/python trainer_scripts/benchmark.py
 
 test: $(VENV)/.test quality  ## Install what tests need, lint, run all tests offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests

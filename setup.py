@@ -23,7 +23,8 @@ TRAIN = [
     "scikit-learn>=1.3",
     "timm>=1.0.20",
 ]
-TEST = [*TRAIN, "onnx", "onnxruntime", "onnxscript", "peft>=0.18", "pytest>=8", "ruff>=0.9"]
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+TEST = [*TRAIN, *EXPORT, "peft>=0.18", "pytest>=8", "ruff>=0.9", "tensorboard"]
 
 setup(
     name="lambda-vit-hf",
@@ -37,5 +38,5 @@ setup(
     package_dir={"lambda_vit_hf.model_cards": "model_cards"},
     package_data={"lambda_vit_hf": ["py.typed"], "lambda_vit_hf.model_cards": ["*.jinja"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"train": TRAIN, "export": EXPORT, "test": TEST},
 )

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from lambda_vit_hf import benchmarking
-from lambda_vit_hf.benchmarking import describe_environment, images_per_second
+from lambda_vit_hf.benchmarking import (
+    describe_environment,
+    environment_line,
+    images_per_second,
+    interleave,
+    markdown_table,
+    percentile,
+    speedup,
+)
 
 
 class Scripted(nn.Module):
@@ -90,3 +98,44 @@ def test_a_system_without_cpuinfo_still_has_a_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(benchmarking, "open", no_such_file, raising=False)
     assert describe_environment()["hardware"].split(", ")[0]
+
+
+def test_no_round_starts_after_the_time_but_some_run_in_any_case(clock):
+    diary = []
+    run = Scripted("a", clock, diary, [1.0] * 50)
+    seconds = interleave({"a": lambda: run(BATCH)}, rounds=40, warm_up=2, max_seconds=10.5)
+    assert seconds == {"a": [1.0] * 9}, "11 rounds of a second, 2 of them to warm up"
+    seconds = interleave({"a": lambda: run(BATCH)}, rounds=40, warm_up=2, max_seconds=0.0, min_rounds=4)
+    assert seconds == {"a": [1.0] * 4}
+
+
+def test_progress_is_told_outside_of_what_is_timed(clock):
+    def slow_bar():
+        clock.now += 100.0
+
+    run = Scripted("a", clock, [], [1.0] * 5)
+    assert interleave({"a": lambda: run(BATCH)}, 3, warm_up=2, after_round=slow_bar) == {"a": [1.0] * 3}
+
+
+def test_speedup_is_the_median_of_ratios_not_the_ratio_of_medians():
+    # The machine was ten times slower in the second round.
+    assert speedup([2.0, 20.0, 2.4], [1.0, 10.0, 2.0]) == 2.0
+    with pytest.raises(ValueError):
+        speedup([1.0], [1.0, 2.0])
+
+
+def test_percentile_is_one_of_the_values():
+    values = [float(value) for value in range(20, 0, -1)]
+    assert (percentile(values, 0.95), percentile(values, 0.5), percentile(values, 1.0)) == (19.0, 10.0, 20.0)
+    assert percentile([7.0], 0.95) == 7.0
+
+
+def test_a_table_escapes_what_would_break_it():
+    assert markdown_table(["a|b", "c"], [[None, "two\nlines"]]).splitlines() == [
+        r"| a\|b | c |", "| --- | --- |", "|  | two lines |"
+    ]  # fmt: skip
+
+
+def test_the_environment_fits_in_a_line():
+    line = environment_line({"hardware": "a CPU", "date": "2026-11-22", "torch": "2.15.0", "batch": 8})
+    assert line == "(a CPU; 2026-11-22; torch 2.15.0; batch 8)"

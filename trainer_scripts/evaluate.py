@@ -1,0 +1,109 @@
+"""Top-1, top-5 and throughput of an image classifier on a dataset.
+
+    python trainer_scripts/evaluate.py outputs/digits --dataset_name digits
+    python trainer_scripts/evaluate.py facebook/deit-base-patch16-224 --dataset_name ILSVRC/imagenet-1k \
+        --dtype bfloat16
+    python trainer_scripts/evaluate.py outputs/mine --dataset_dir path/to/images --output outputs/mine/evaluation.json
+    accelerate launch --config_file trainer_scripts/accelerate_configs/two_cpu_processes.yaml \
+        trainer_scripts/evaluate.py outputs/digits --dataset_name digits --device cpu
+
+Takes any checkpoint with an image classification head. Labels are matched by class names, so the dataset may count its
+classes in another order than the model. Unreadable images are left out and counted.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+
+def step_aside_for_the_library() -> None:
+    """Put Hugging Face's `evaluate` in the place of this file, where a program of this folder imports that name."""
+    # Python looks beside the running program first, so `import evaluate` finds this file.
+    here, path = Path(__file__).resolve().parent, sys.path
+    sys.path = [entry for entry in path if Path(entry).resolve() != here]
+    try:
+        del sys.modules["evaluate"]
+        importlib.import_module("evaluate")
+    finally:
+        sys.path = path
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", help="Hub id or folder of an image classifier")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--dataset_name", help="Hub id, or `digits` (of scikit-learn)")
+    data.add_argument("--dataset_dir", help="folder with parquet files, IDX files, or one image folder per class")
+    add("--dataset_config", help="configuration of a Hub dataset")
+    add("--image_column", help="by default the only Image column")
+    add("--label_column", help="by default the only ClassLabel column")
+    add("--split", default="validation", help="train or validation")
+    add("--labels_by_index", action="store_true", help="trust the dataset's order of classes, whatever the names")
+    add("--batch_size", type=int, default=64, help="per process")
+    add("--num_workers", type=int, default=0, help="processes that decode images, per process")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU where there is one")
+    add("--output", type=Path, help="write the figures to this JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoImageProcessor
+
+    import lambda_vit_hf  # noqa: F401 - registers LambdaViT with the Auto classes
+    from lambda_vit_hf.benchmarking import describe_environment, environment_line
+    from lambda_vit_hf.evaluation import class_indices, evaluate_model, load_classifier, load_split, read_images
+
+    accelerator = Accelerator(cpu=arguments.device == "cpu")
+    with accelerator.main_process_first():
+        dataset = load_split(
+            arguments.dataset_name,
+            arguments.dataset_dir,
+            arguments.split,
+            config_name=arguments.dataset_config,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+        )
+    model = load_classifier(arguments.model, getattr(torch, arguments.dtype))
+    classes = class_indices(dataset.features["label"].names, model.config.id2label, arguments.labels_by_index)
+    images = read_images(dataset, AutoImageProcessor.from_pretrained(arguments.model))
+    figures = evaluate_model(model, images, accelerator, classes, arguments.batch_size, arguments.num_workers)
+    if not accelerator.is_main_process:
+        return
+    environment = {
+        **describe_environment(accelerator.device),
+        "dtype": arguments.dtype,
+        "batch": arguments.batch_size,
+        "processes": accelerator.num_processes,
+    }
+    print(describe(arguments.model, figures))
+    print(environment_line(environment))
+    if arguments.output:
+        source = {"model": arguments.model, "dataset": arguments.dataset_name or arguments.dataset_dir}
+        values = {**source, "split": arguments.split, **figures, "environment": environment}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(model: str, figures: dict) -> str:
+    """One line: accuracy, images, speed."""
+    accuracy = f"top-1 {100 * figures['accuracy']:.2f} %"
+    if "top5_accuracy" in figures:
+        accuracy += f", top-5 {100 * figures['top5_accuracy']:.2f} %"
+    unreadable = f" ({figures['unreadable']} unreadable left out)" if figures["unreadable"] else ""
+    whole, alone = figures["images_per_second"], figures["model_images_per_second"]
+    speed = f"{whole:,.0f} images/s with decoding, {alone:,.0f} without"
+    return f"{model}: {accuracy} on {figures['num_images']} images{unreadable}; {speed}"
+
+
+if __name__ == "__main__":
+    main()
+elif __name__ == "evaluate":
+    step_aside_for_the_library()
