@@ -33,7 +33,12 @@ AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClass
 AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
-_TRAINING = {"EntropyGuidedRemovalCallback": "callback", "StopOnNonFiniteGradient": "guards"}
+_TRAINING = {
+    "EmaCallback": "ema",
+    "EntropyGuidedRemovalCallback": "callback",
+    "SaveOnSigterm": "guards",
+    "StopOnNonFiniteGradient": "guards",
+}
 
 
 def __getattr__(name: str):
@@ -45,12 +50,14 @@ def __getattr__(name: str):
 
 __all__ = [
     "AttentionSelection",
+    "EmaCallback",
     "EntropyGuidedRemovalCallback",
     "LambdaViTBackbone",
     "LambdaViTConfig",
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
+    "SaveOnSigterm",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "select_attention_layers",

@@ -41,16 +41,49 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which images."""
+    """Which images, and how they are read."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (of scikit-learn)."})
     dataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder with parquet files, or with one image folder per class."}
+        default=None,
+        metadata={"help": "Folder with parquet files, with one image folder per class, or with IDX files."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "By default the only Image column."})
     label_column: str | None = field(default=None, metadata={"help": "By default the only ClassLabel column."})
-    random_shift: int = field(default=0, metadata={"help": "Augmentation: shift by up to this many pixels."})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes, where the dataset has only numbers."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training images one after another instead of storing them first."}
+    )
+    shuffle_buffer_size: int = field(default=10_000, metadata={"help": "Streaming: images to draw the next one from."})
+    unreadable_images: str = field(
+        default="skip", metadata={"help": "skip (and count) images that cannot be decoded, or raise."}
+    )
+    max_unreadable_share: float = field(default=0.01, metadata={"help": "Stop above this share of such images."})
+    evaluation_crop: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate on the centre: of an image resized to image_size / this (0.875: 256 for 224)."},
+    )
+
+
+@dataclass
+class AugmentationArguments:
+    """What happens to training images. timm's names and definitions, with the defaults of no augmentation."""
+
+    random_shift: int = field(default=0, metadata={"help": "Shift by up to this many pixels; for small pictures."})
+    random_resized_crop: bool = field(
+        default=False, metadata={"help": "Random crops and flips; the three options below need it."}
+    )
+    auto_augment: str | None = field(default=None, metadata={"help": "timm's policy: rand-m9-mstd0.5-inc1."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength; timm leaves it out under auto_augment."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    random_erasing_mode: str = field(default="pixel", metadata={"help": "pixel, const or rand."})
+    repeated_augmentation: int = field(default=1, metadata={"help": "Draw each image this often, others not at all."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: off."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off."})
+    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Share of batches with cutmix, if both are on."})
 
 
 @dataclass
@@ -73,12 +106,40 @@ class RemovalArguments:
 
 @dataclass
 class LambdaTrainingArguments(TrainingArguments):
-    """Hugging Face's TrainingArguments, and what to do with an output folder that is not empty."""
+    """Hugging Face's TrainingArguments, and what the DeiT recipe needs beyond them."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in a folder that is not empty; its old checkpoints are deleted."}
     )
+    learning_rate_batch_size: int | None = field(
+        default=None, metadata={"help": "Learning rates are meant for this global batch, and scaled with ours (512)."}
+    )
+    min_learning_rate: float | None = field(
+        default=None, metadata={"help": "Floor of timm's cosine, unscaled. Turns that schedule on."}
+    )
+    warmup_learning_rate: float = field(default=1e-6, metadata={"help": "Where timm's cosine starts its warm-up."})
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Warm-up of timm's cosine, in epochs."})
+    learning_rate_granularity: str = field(
+        default="step", metadata={"help": "timm's cosine changes every step, or every epoch as in DeiT."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Average the weights; the average is evaluated and shipped."}
+    )
+    distillation: str = field(
+        default="none", metadata={"help": "From the model before removal: none, soft or hard (DeiT's)."}
+    )
+    distillation_alpha: float = field(default=0.5, metadata={"help": "Weight of distillation in the loss."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions."})
 
+
+# What train.py reads, in the order in which `training.run_training` takes it.
+PROGRAM_ARGUMENTS = [
+    ModelArguments,
+    DataArguments,
+    AugmentationArguments,
+    RemovalArguments,
+    LambdaTrainingArguments,
+]
 
 # Of each group, what the command line names replaces what the recipe says.
 _EXCLUSIVE = (("removal_ratio", "num_layers", "layers"), ("dataset_name", "dataset_dir"))

@@ -19,8 +19,15 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
-def what_is_broken(checkpoint: str | Path) -> str | None:
-    """Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole."""
+def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str | None:
+    """
+    Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole.
+
+    Args:
+        checkpoint (`str` or `Path`): the folder `checkpoint-N`.
+        needed (`tuple[str]`, *optional*): safetensors files it must have besides the model's, such as an average of
+            the weights, written after everything else.
+    """
     checkpoint = Path(checkpoint)
     try:
         # Written last: a checkpoint without it was interrupted.
@@ -34,9 +41,13 @@ def what_is_broken(checkpoint: str | Path) -> str | None:
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     else:
-        names = {path.name for path in checkpoint.glob("*.safetensors")}
+        names = {path.name for path in checkpoint.glob("model*.safetensors")}
     if not names:
         return "no weights"
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if missing:
+        return f"no {missing[0]}"
+    names.update(needed)
     for path in (checkpoint / name for name in sorted(names)):
         try:
             with safe_open(path, framework="pt"):
@@ -54,12 +65,13 @@ def what_is_broken(checkpoint: str | Path) -> str | None:
     return None
 
 
-def find_resumable_checkpoint(output_dir: str | Path) -> Path | None:
+def find_resumable_checkpoint(output_dir: str | Path, needed: tuple[str, ...] = ()) -> Path | None:
     """
     The newest whole checkpoint in a Trainer's output folder; every newer one that is not whole is logged as a warning.
 
     Args:
         output_dir (`str` or `Path`): the folder with `checkpoint-N` folders.
+        needed (`tuple[str]`, *optional*): as in [`what_is_broken`].
 
     Returns:
         The checkpoint's path, or `None` if there is none.
@@ -68,8 +80,13 @@ def find_resumable_checkpoint(output_dir: str | Path) -> Path | None:
         path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _CHECKPOINT.fullmatch(path.name)
     ]
     for checkpoint in sorted(folders, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]), reverse=True):
-        problem = what_is_broken(checkpoint)
+        problem = what_is_broken(checkpoint, needed)
         if problem is None:
             return checkpoint
         logger.warning("Passing over %s: %s.", checkpoint, problem)
     return None
+
+
+def num_processes_of(checkpoint: str | Path) -> int:
+    """How many processes wrote a Trainer checkpoint: each leaves the state of its random numbers."""
+    return max(1, len(list(Path(checkpoint).glob("rng_state_*.pth"))))

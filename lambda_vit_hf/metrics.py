@@ -29,16 +29,30 @@ class TopKAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, k: int = 1):
-        scores = np.asarray(predictions)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return {"accuracy": float((best == np.asarray(references)[:, None]).any(axis=1).mean())}
+        return {"accuracy": top_k_accuracy(np.asarray(predictions), np.asarray(references), k)}
+
+
+def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """Share of images whose label is among the `k` best of `scores` `(images, classes)`."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
 
 
 def classification_metrics(prediction) -> dict[str, float]:
-    """`compute_metrics` for the Trainer: top-1 as `accuracy`; `top5_accuracy` where there are over five classes."""
-    metric = TopKAccuracy()
-    scores, labels = prediction.predictions, prediction.label_ids
-    results = {"accuracy": metric.compute(predictions=scores, references=labels)["accuracy"]}
+    """
+    `compute_metrics` for the Trainer: top-1 as `accuracy`; `top5_accuracy` where there are over five classes.
+
+    Images labelled -100, that is, unreadable ones, are left out.
+
+    Raises:
+        ValueError: if no image has a label.
+    """
+    labelled = prediction.label_ids != -100
+    if not labelled.any():
+        raise ValueError("No image of the evaluation set could be read: there is no accuracy to report.")
+    scores, labels = prediction.predictions[labelled], prediction.label_ids[labelled]
+    # Not through TopKAccuracy: `evaluate` writes scores to a table on the disk, a minute for those of ImageNet.
+    results = {"accuracy": top_k_accuracy(scores, labels)}
     if scores.shape[-1] > 5:
-        results["top5_accuracy"] = metric.compute(predictions=scores, references=labels, k=5)["accuracy"]
+        results["top5_accuracy"] = top_k_accuracy(scores, labels, k=5)
     return results

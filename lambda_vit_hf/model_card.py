@@ -147,6 +147,9 @@ def comparison_rows(metrics: dict) -> dict[str, tuple[str, str]]:
 
 def _training_rows(args, state, dilution: DilutionSchedule | None, environment: dict[str, str]) -> dict[str, str]:
     zero = dilution and f"{dilution.shape}, 0 from step {dilution.first_zero_step} on"
+    rate = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    # Of LambdaTrainingArguments; the plain Trainer's have neither.
+    floor, decay = getattr(args, "min_learning_rate", None), getattr(args, "ema_decay", None)
     return {
         "epochs": f"{state.epoch or 0:.4g}",
         "optimizer steps": str(state.global_step),
@@ -154,7 +157,8 @@ def _training_rows(args, state, dilution: DilutionSchedule | None, environment: 
         "global batch size": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate}, weight decay"
         f" {args.weight_decay}",
-        "learning rate schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "learning rate schedule": rate if floor is None else f"cosine (timm's), down to {floor}",
+        **({"weights": f"average over training (EMA, decay {decay})"} if decay else {}),
         "seed": str(args.seed),
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
         "hardware": environment["hardware"],

@@ -1,15 +1,18 @@
 """What the main job leaves behind and says: metrics, pictures, the model card, the table before and after."""
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
 
+import datasets
 import torch
 from transformers import Trainer, pipeline
 
 from .accounting import count_macs, count_parameters, summarize
 from .benchmarking import describe_environment, images_per_second
 from .callback import EntropyGuidedRemovalCallback
+from .decoding import UnreadableImageError, decode_image
 from .model_card import comparison_rows, facts_of_training, hub_base_model, write_model_card
 from .modeling_lambda_vit import LambdaViTForImageClassification
 from .plotting import plot_layer_entropies, plot_training
@@ -27,6 +30,7 @@ def write_report(
     accuracy: float,
     dataset: str | None = None,
     base_model: str | None = None,
+    unreadable: dict[str, int] | None = None,
 ) -> dict:
     """
     Write `metrics.json`, `selection.json`, the pictures and the model card into the Trainer's output folder, and print
@@ -39,6 +43,7 @@ def write_report(
         base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
         dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
         base_model (`str`, *optional*): checkpoint started from; the card names it if it came from the Hub.
+        unreadable (`dict[str, int]`, *optional*): images of each split that could not be decoded.
 
     Returns:
         The contents of `metrics.json`.
@@ -46,6 +51,7 @@ def write_report(
     model, output_dir = trainer.model, Path(trainer.args.output_dir)
     metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
     metrics["layers"] = selection.layers
+    metrics["unreadable_images"] = unreadable or {}
     if trainer.args.bf16 or trainer.args.fp16:
         # accelerate has put autocast around the model's forward.
         metrics["environment"]["dtype"] += f", {'bfloat16' if trainer.args.bf16 else 'float16'} autocast"
@@ -73,6 +79,9 @@ def write_report(
             known = callback.card_facts = {**callback.card_facts, **known}
     write_model_card(output_dir, facts_of_training(trainer.args, trainer.state, model, selection, **known))
     print(f"\n{summarize(model)}\n\n{text_table(rows)}")
+    for split, count in metrics["unreadable_images"].items():
+        if count:
+            print(f"images of {split} that could not be decoded and were left out: {count}")
     print(f"attention removed: layers {selection.layers}, chosen by {selection.strategy}")
     return metrics
 
@@ -114,8 +123,15 @@ def text_table(rows: dict[str, tuple[str, str]]) -> str:
 
 def classify_one(folder: Path, dataset) -> None:
     """Print what `pipeline("image-classification")` makes of a dataset's first image with the model in `folder`."""
-    row = dataset[0]
-    answer = pipeline("image-classification", model=str(folder))(row["image"].convert("RGB"))[0]
-    truth = dataset.features["label"].names[row["label"]]
+    image, label = _first_image(dataset)
+    answer = pipeline("image-classification", model=str(folder))(image)[0]
     print(f'pipeline("image-classification", model="{folder}"): {answer["label"]} ({answer["score"]:.3f})')
-    print(f"truth: {truth}")
+    print(f"truth: {dataset.features['label'].names[label]}")
+
+
+def _first_image(dataset):
+    """Image and label of the first row that can be decoded; there is one, or there were no accuracy to report."""
+    for row in dataset.cast_column("image", datasets.Image(decode=False)):
+        with contextlib.suppress(UnreadableImageError):  # counted and named when it was evaluated
+            return decode_image(row["image"]), row["label"]
+    raise ValueError("The dataset has no readable image.")

@@ -2,42 +2,41 @@
 
 import copy
 import logging
-import math
 import os
-import shutil
-from pathlib import Path
 
 from accelerate import PartialState
-from transformers import Trainer, ViTImageProcessor, set_seed
+from transformers import DefaultFlowCallback, set_seed
 
-from .arguments import DataArguments, LambdaTrainingArguments, ModelArguments, RemovalArguments
+from .arguments import (
+    AugmentationArguments,
+    DataArguments,
+    LambdaTrainingArguments,
+    ModelArguments,
+    RemovalArguments,
+)
 from .callback import EntropyGuidedRemovalCallback
-from .checkpoints import find_resumable_checkpoint, what_is_broken
-from .configuration_lambda_vit import LambdaViTConfig
-from .data import AugmentationEpoch, ProcessedImages, RandomShift, check_images, collate, load_image_dataset
+from .data import collate
 from .dilution import DilutionSchedule
-from .guards import StopOnNonFiniteGradient
+from .ema import EmaCallback
+from .guards import SaveOnSigterm, StopOnNonFiniteGradient
+from .losses import DistillationLoss
 from .metrics import classification_metrics
-from .modeling_lambda_vit import LambdaViTForImageClassification
+from .optimization import scaled_learning_rate
+from .output_folder import OutputFolder, open_output_folder
+from .progress import ThroughputCallback
 from .reporting import classify_one, write_report
+from .starting_model import load_starting_model
+from .trainer import ImageClassificationTrainer
+from .training_images import TrainingImages, load_splits
 
 
 logger = logging.getLogger(__name__)
-
-BASE_FOLDER = "base"
-_SHAPE = (
-    "patch_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "initializer_range",
-)
 
 
 def run_training(
     model_args: ModelArguments,
     data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
     removal_args: RemovalArguments,
     training_args: LambdaTrainingArguments,
 ) -> dict:
@@ -51,52 +50,51 @@ def run_training(
         FileExistsError: if the output folder is not empty and neither overwriting nor resuming was asked for.
         FileNotFoundError, ValueError: on input that cannot work, naming what was expected.
         FloatingPointError: if the gradient becomes NaN.
+        SystemExit: after SIGTERM, once a checkpoint is saved.
     """
-    output_dir = Path(training_args.output_dir)
-    checkpoint = _prepare_output_dir(output_dir, training_args)
+    folder = open_output_folder(training_args)
+    overwrite = training_args.overwrite_output_dir and not (folder.checkpoint or folder.base_checkpoint)
+    _check_training_arguments(training_args)
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        dataset = load_image_dataset(
-            data_args.dataset_name,
-            data_args.dataset_dir,
-            config_name=data_args.dataset_config,
-            image_column=data_args.image_column,
-            label_column=data_args.label_column,
-        )
-        for split in dataset.values():
-            check_images(split)
-    class_names = dataset["train"].features["label"].names
-    model, processor, is_new = _load_model(
-        model_args, class_names, output_dir, checkpoint, training_args.overwrite_output_dir
+        splits = load_splits(data_args)
+    class_names = splits["train"].features["label"].names
+    model, processor, is_new = load_starting_model(
+        model_args, class_names, folder, overwrite, data_args.evaluation_crop
     )
-    augmentation = RandomShift(data_args.random_shift) if data_args.random_shift else None
-    train_images = ProcessedImages(dataset["train"], processor, augmentation, training_args.seed)
-    eval_images = ProcessedImages(dataset["validation"], processor)
+    images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)
+    _scale_learning_rates(model_args, training_args)
     removal = EntropyGuidedRemovalCallback(
-        **vars(removal_args),
-        calibration_dataset=ProcessedImages(dataset["train"], processor),
+        **vars(removal_args), calibration_dataset=images.calibration(removal_args.calibration_size)
     )
-    _check_training_arguments(training_args)
-    training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
     common = dict(
-        train_dataset=train_images,
-        eval_dataset=eval_images,
+        train_dataset=images.train,
+        eval_dataset=images.evaluation,
         processing_class=processor,
         data_collator=collate,
+        train_collator=images.collator,
         compute_metrics=classification_metrics,
+        repeated_augmentation=augmentation_args.repeated_augmentation,
     )
-    trainer = _trainer(model, training_args, [removal, StopOnNonFiniteGradient()], **common)
-    _check_schedule(removal_args, training_args, len(train_images))
-    if training_args.overwrite_output_dir and checkpoint is None:
-        _clear_output_dir(output_dir)
+    averages = [] if training_args.ema_decay is None else [EmaCallback(training_args.ema_decay)]
+    trainer = _trainer(model, training_args, [*averages, removal], **common)
+    _check_schedule(trainer, removal_args)
+    if overwrite:
+        folder.clear()
     if is_new:
-        _train_base(model, model_args, training_args, **common)
+        _train_base(model, model_args, training_args, folder, **common)
 
     base_accuracy = trainer.evaluate(metric_key_prefix="base")["base_accuracy"]
     base = copy.deepcopy(model).cpu()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if training_args.distillation != "none":
+        trainer.distillation = DistillationLoss(
+            base,
+            alpha=training_args.distillation_alpha,
+            temperature=training_args.distillation_temperature,
+            kind=training_args.distillation,
+        )
+    set_seed(training_args.seed)  # as if there had been no base model to train: a resumed run may find it finished
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
     accuracy = trainer.evaluate()["eval_accuracy"]
     # The Trainer may have put a restored callback in the place of ours.
     removal = next(one for one in trainer.callback_handler.callbacks if isinstance(one, EntropyGuidedRemovalCallback))
@@ -112,8 +110,9 @@ def run_training(
             accuracy,
             data_args.dataset_name,
             model_args.model_name_or_path,
+            images.count_unreadable(),
         )
-        classify_one(output_dir, dataset["validation"])
+        classify_one(folder.path, splits["validation"])
     PartialState().wait_for_everyone()
     training_args.push_to_hub = push
     if push:
@@ -130,108 +129,73 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
             "`accelerate launch --cpu --num_processes N` started one process: it needs MPI for more. Use --config_file"
             " trainer_scripts/accelerate_configs/two_cpu_processes.yaml and --use_cpu true instead."
         )
-
-
-def _prepare_output_dir(output_dir: Path, training_args: LambdaTrainingArguments) -> Path | None:
-    """Checks the folder before anything is written to it; the checkpoint to resume from, if any."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"The output folder {output_dir} is a file.")
-    wish = training_args.resume_from_checkpoint
-    if wish is not None and str(wish).lower() != "false":
-        if str(wish).lower() != "true":
-            problem = what_is_broken(wish)
-            if problem:
-                raise ValueError(f"Cannot resume from {wish}: {problem}.")
-            return Path(wish)
-        checkpoint = find_resumable_checkpoint(output_dir)
-        if checkpoint is None:
-            logger.warning("No whole checkpoint in %s; starting from the beginning.", output_dir)
-        return checkpoint
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not training_args.overwrite_output_dir:
-        raise FileExistsError(
-            f"The output folder {output_dir} is not empty. Pass --overwrite_output_dir to start anew in it,"
-            " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
+    if training_args.learning_rate_granularity not in ("step", "epoch"):
+        raise ValueError(
+            f"`learning_rate_granularity` must be step or epoch, got {training_args.learning_rate_granularity!r}."
         )
-    return None
+    if training_args.distillation not in ("none", "soft", "hard"):
+        raise ValueError(f"`distillation` must be none, soft or hard, got {training_args.distillation!r}.")
+    training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
 
 
-def _clear_output_dir(output_dir: Path) -> None:
-    """Deletes what an earlier run would be resumed from, once nothing else can go wrong before training."""
-    if PartialState().is_main_process:
-        for old in [*output_dir.glob("checkpoint-*"), output_dir / BASE_FOLDER]:
-            shutil.rmtree(old, ignore_errors=True)
-    PartialState().wait_for_everyone()
+def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrainingArguments) -> None:
+    if training_args.learning_rate_batch_size is None:
+        return
+    batch = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+    for args, name in ((training_args, "learning_rate"), (model_args, "base_learning_rate")):
+        scaled = scaled_learning_rate(getattr(args, name), batch, training_args.learning_rate_batch_size)
+        logger.info("%s for batches of %d: %.3g.", name, batch, scaled)
+        setattr(args, name, scaled)
 
 
-def _check_schedule(removal_args: RemovalArguments, training_args: LambdaTrainingArguments, num_images: int) -> None:
-    """Lambda must have room to fall: known before the base model is trained."""
-    batches = math.ceil(num_images / (training_args.train_batch_size * training_args.world_size))
-    steps = math.ceil(batches / training_args.gradient_accumulation_steps)
-    total = math.ceil(training_args.num_train_epochs * steps)
-    total = training_args.max_steps if training_args.max_steps > 0 else total
-    per_update = steps if removal_args.granularity == "epoch" else 1
-    DilutionSchedule(total, removal_args.hold_share, removal_args.schedule, per_update)
-
-
-def _load_model(
-    model_args: ModelArguments, class_names: list[str], output_dir: Path, checkpoint: Path | None, overwrite: bool
-):
-    """Model, image processor, and whether model or classifier are new and have to be trained first."""
-    labels = {
-        "id2label": dict(enumerate(class_names)),
-        "label2id": {name: index for index, name in enumerate(class_names)},
-    }
-    optional = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_implementation")
-    given = {name: getattr(model_args, name) for name in optional if getattr(model_args, name) is not None}
-    source = model_args.model_name_or_path
-    base = (checkpoint.parent if checkpoint else output_dir) / BASE_FOLDER
-    if checkpoint is not None and base.is_dir():
-        source = str(base)
-    elif checkpoint is not None and source is None:
-        raise FileNotFoundError(f"The run of {checkpoint} trained a base model, but {base} is gone: start anew.")
-    if source is not None:
-        folders = [base.resolve(), *(folder.resolve() for folder in output_dir.glob("checkpoint-*"))]
-        if overwrite and Path(source).resolve() in folders:
-            raise ValueError(f"--overwrite_output_dir would delete {source}, the model to start from.")
-        stored = LambdaViTConfig.from_pretrained(source)
-        is_other_task = stored.num_labels != len(class_names)
-        if is_other_task and not model_args.ignore_mismatched_sizes:
-            raise ValueError(
-                f"{source} has {stored.num_labels} classes, the dataset has {len(class_names)}. Pass"
-                " --ignore_mismatched_sizes to replace the classifier."
-            )
-        model = LambdaViTForImageClassification.from_pretrained(
-            source,
-            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-            **labels,
-            **given,
+def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalArguments) -> None:
+    """Lambda must have room to fall, and an average to forget what was before: known before any training."""
+    steps_per_epoch, total_steps = trainer.count_steps()
+    per_update = 1
+    if removal_args.granularity == "epoch":
+        if steps_per_epoch is None:
+            raise ValueError("A stream of unknown length has no epochs: use --granularity step.")
+        per_update = steps_per_epoch
+    dilution = DilutionSchedule(total_steps, removal_args.hold_share, removal_args.schedule, per_update)
+    decay, hold = trainer.args.ema_decay, total_steps - dilution.first_zero_step
+    if decay is not None and 1 / (1 - decay) > hold:
+        raise ValueError(
+            f"An average with ema_decay {decay} looks back over {1 / (1 - decay):,.0f} steps, but only {hold:,} are"
+            " trained at lambda = 0: it would mix the removed model with what was before. At most"
+            f" {1 - 1 / max(hold, 2):.6g} fits here; or train longer."
         )
-        processor = ViTImageProcessor.from_pretrained(source)
-        if "image_size" in given:
-            processor.size = {"height": model_args.image_size, "width": model_args.image_size}
-        # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
-        return model, processor, is_other_task
-    config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **given)
-    processor = ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
-    return LambdaViTForImageClassification(config), processor, True
 
 
-def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> Trainer:
-    callbacks = [*callbacks, AugmentationEpoch(common["train_dataset"])]
-    trainer = Trainer(model=model, args=args, callbacks=callbacks, **common)
-    # In front of the trackers that the Trainer adds itself, so that they see lambda in the logs.
-    rest = [callback for callback in trainer.callback_handler.callbacks if callback not in callbacks]
-    trainer.callback_handler.callbacks = [*callbacks, *rest]
+def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> ImageClassificationTrainer:
+    # One that ends the run comes first, and speed before the trackers that report it.
+    callbacks = [
+        SaveOnSigterm(),
+        *callbacks,
+        StopOnNonFiniteGradient(),
+        ThroughputCallback(),
+    ]
+    trainer = ImageClassificationTrainer(model=model, args=args, callbacks=callbacks, **common)
+    # What decides about logging and evaluating stays in front of ours; trackers, which the Trainer adds, come after.
+    present = trainer.callback_handler.callbacks
+    flow = [callback for callback in present if isinstance(callback, DefaultFlowCallback)]
+    rest = [callback for callback in present if callback not in callbacks and callback not in flow]
+    trainer.callback_handler.callbacks = [*flow, *callbacks, *rest]
     return trainer
 
 
-def _train_base(model, model_args: ModelArguments, training_args: LambdaTrainingArguments, **common) -> None:
+def _train_base(
+    model, model_args: ModelArguments, training_args: LambdaTrainingArguments, folder: OutputFolder, **common
+) -> None:
     args = copy.copy(training_args)
-    args.output_dir = str(Path(training_args.output_dir) / BASE_FOLDER)
+    args.output_dir = str(folder.base_training)
     args.num_train_epochs, args.learning_rate = model_args.base_num_train_epochs, model_args.base_learning_rate
-    args.max_steps, args.save_strategy, args.load_best_model_at_end, args.push_to_hub = -1, "no", False, False
-    trainer = _trainer(model, args, [StopOnNonFiniteGradient()], **common)
+    args.warmup_epochs = min(args.warmup_epochs, args.num_train_epochs)
+    args.max_steps, args.load_best_model_at_end, args.push_to_hub = -1, False, False
+    trainer = _trainer(model, args, [], **common)
     logger.info("Training the base model for %s epochs.", args.num_train_epochs)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder.base_checkpoint) if folder.base_checkpoint else None)
     trainer.save_model()
     PartialState().wait_for_everyone()
+    folder.keep_base()

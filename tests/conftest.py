@@ -1,6 +1,11 @@
 """Shared by all tests: offline, deterministic, small models whose weights are far from their initial values."""
 
+import json
 import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +39,29 @@ def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.n
         for parameter in model.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def in_two_processes(function: Callable, *arguments) -> list:
+    """
+    What `function(*arguments, rank)` returns in each of two processes, set up as a launcher does (gloo, CPU).
+
+    It must be a function of a module, and return what JSON can hold.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_one_of_two, (function, arguments, folder, port), nprocs=2)
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in (0, 1)]
+
+
+def _one_of_two(rank: int, function: Callable, arguments: tuple, folder: str, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    Path(folder, str(rank)).write_text(json.dumps(function(*arguments, rank)))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Recipes and the command line: which wins, and what is refused before anything starts."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import yaml
 
 from lambda_vit_hf.arguments import (
+    PROGRAM_ARGUMENTS,
     DataArguments,
-    LambdaTrainingArguments,
     ModelArguments,
     RemovalArguments,
     parse_arguments,
@@ -148,27 +147,8 @@ def test_a_recipe_can_give_what_is_required(recipe):
 
 def test_help_lists_every_field(capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse_arguments(["--help"], [ModelArguments, DataArguments, RemovalArguments])
+        parse_arguments(["--help"], PROGRAM_ARGUMENTS)
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    names = [name for kind in (ModelArguments, DataArguments, RemovalArguments) for name in kind.__dataclass_fields__]
+    names = [name for kind in PROGRAM_ARGUMENTS for name in kind.__dataclass_fields__]
     assert [name for name in names if f"--{name}" not in shown] == []
-
-
-RECIPES = sorted((Path(__file__).parents[1] / "trainer_scripts" / "recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_recipe_of_the_package_is_understood(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    # Precision and output folder are the machine's; all else is as the recipe has it.
-    argv = [str(path), "--output_dir", "elsewhere", "--bf16", "false", "--fp16", "false", "--use_cpu", "true"]
-    kinds = [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments]
-    *_, removal_args, training_args = parse_arguments(argv, kinds)
-    assert training_args.output_dir == "elsewhere"
-    given = [removal_args.removal_ratio, removal_args.num_layers, removal_args.layers]
-    assert sum(value is not None for value in given) == 1, f"{path.name} must name the layers in one way, got {given}"
-
-
-def test_the_package_has_recipes():
-    assert RECIPES, "no recipe was found: the test above has tested nothing"

@@ -1,61 +1,20 @@
 import copy
 import json
-import math
-import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lambda_vit_hf import (
     EntropyGuidedRemovalCallback,
     LambdaViTConfig,
     LambdaViTForImageClassification,
-    StopOnNonFiniteGradient,
 )
 from lambda_vit_hf.data import AugmentationEpoch
 
-from .conftest import TINY
-
-
-class Blobs(Dataset):
-    """48 noisy images whose class is the brightness of a corner; a little random noise at each reading, if asked."""
-
-    def __init__(self, noise: float = 0.0):
-        generator = torch.Generator().manual_seed(0)
-        self.labels = [index % 5 for index in range(48)]
-        self.images = 0.5 * torch.randn(48, 3, 16, 16, generator=generator)
-        self.images[:, :, :4, :4] += torch.tensor(self.labels).view(-1, 1, 1, 1).float()
-        self.noise = noise
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image = self.images[index]
-        # Random numbers drawn while loading would differ after resuming: the dataloader reads one batch ahead.
-        image = image + self.noise * torch.randn_like(image) if self.noise else image
-        return {"pixel_values": image, "labels": self.labels[index]}
-
-
-def make_trainer(model, folder, callbacks, dataset=None, **arguments) -> Trainer:
-    defaults = dict(
-        output_dir=str(folder), max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, weight_decay=0.1,
-        save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        use_cpu=True,
-    )  # fmt: skip
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**{**defaults, **arguments}),
-        train_dataset=dataset or Blobs(),
-        eval_dataset=Blobs(),
-        callbacks=callbacks,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    )
+from .conftest import TINY, in_two_processes
+from .small_training import Blobs, make_trainer
 
 
 class Recorder(TrainerCallback):
@@ -409,25 +368,6 @@ def test_a_training_too_short_to_dilute_is_refused(model, tmp_path):
         trainer.train()
 
 
-class PoisonAt(TrainerCallback):
-    """Makes one weight NaN at a step's beginning, as a diverged run would."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 3:
-            self.hook = model.classifier.register_forward_hook(lambda _m, _i, output: output * math.nan)
-
-
-def test_a_nan_loss_stops_before_the_weights_are_spoiled(model, tmp_path):
-    callbacks = [EntropyGuidedRemovalCallback(layers=[1]), StopOnNonFiniteGradient(), PoisonAt()]
-    trainer = make_trainer(model, tmp_path, callbacks, save_strategy="steps", save_steps=1)
-    with pytest.raises(FloatingPointError, match="step 3"):
-        trainer.train()
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
-    kept = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
-
-
 class EpochRecorder(Blobs):
     """Notes the epoch in which each of its images is read."""
 
@@ -443,24 +383,15 @@ class EpochRecorder(Blobs):
         return super().__getitem__(index)
 
 
-def train_in_one_of_two_processes(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+def epochs_of_one_process(folder, rank):
     images = EpochRecorder()
     trainer = make_trainer(
         LambdaViTForImageClassification(LambdaViTConfig(**TINY)), folder, [AugmentationEpoch(images)], images,
         max_steps=-1, num_train_epochs=3,
     )  # fmt: skip
     trainer.train()
-    Path(folder, f"epochs-{rank}.json").write_text(json.dumps(sorted(set(images.read_in))))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return sorted(set(images.read_in))
 
 
 def test_augmentation_knows_the_epoch_in_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(train_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"epochs-{rank}.json").read_text()) == [0, 1, 2]
+    assert in_two_processes(epochs_of_one_process, str(tmp_path)) == [[0, 1, 2], [0, 1, 2]]

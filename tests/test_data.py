@@ -1,10 +1,8 @@
-"""Image datasets: what is read, what is refused before training, and augmentation that can be repeated."""
+"""Labelled images for the model: processing, and augmentation that can be repeated."""
 
+import io
 import random
-from collections import Counter
-from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,272 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from lambda_vit_hf.data import (
-    ProcessedImages,
-    RandomShift,
-    check_images,
-    collate,
-    find_columns,
-    load_digits,
-    load_image_dataset,
-)
+from lambda_vit_hf.data import LEFT_OUT, AugmentationEpoch, ProcessedImages, RandomShift, collate
+from lambda_vit_hf.decoding import UnreadableImageError, UnreadableImages
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """`datasets` keeps what it has read: no test may find the folder of another."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_digits()
+from .test_sources import labelled
 
 
 @pytest.fixture
 def processor():
     """Leaves pixel values readable: 0 to 1, 8 x 8."""
     return ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
-
-
-COLOURS = {"cat": (200, 0, 0), "cow": (0, 200, 0), "dog": (0, 0, 200)}
-
-
-def image_folder(root: Path, *class_folders: str, images: int = 5) -> Path:
-    """One-coloured PNGs, the colour by the last word of the folder's name."""
-    for name in class_folders:
-        (root / name).mkdir(parents=True)
-        colour = COLOURS.get(name.split("/")[-1], (90, 90, 90))
-        for index in range(images):
-            PIL.Image.new("RGB", (8, 8), colour).save(root / name / f"{index}.png")
-    return root
-
-
-def labelled(images: list, labels: list | None = None, names=("a", "b")) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    labels = [0] * len(images) if labels is None else labels
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-
-
-def colour_names(dataset: datasets.Dataset) -> list[tuple[str, str]]:
-    """For each row, the class its colour stands for and the class its label names."""
-    by_colour = {colour: name for name, colour in COLOURS.items()}
-    names = dataset.features["label"].names
-    return [(by_colour[row["image"].getpixel((0, 0))], names[row["label"]]) for row in dataset]
-
-
-# Digits
-
-
-def test_digits_are_1797_labelled_images(digits):
-    assert {name: len(split) for name, split in digits.items()} == {"train": 1437, "validation": 360}
-    for split in digits.values():
-        assert isinstance(split.features["image"], datasets.Image)
-        assert split.features["label"] == datasets.ClassLabel(names=list("0123456789"))
-    image = digits["train"][0]["image"]
-    assert (image.size, image.mode) == ((8, 8), "L")
-
-
-def test_digits_use_the_whole_gray_range(digits):
-    # scikit-learn counts 0 to 16: unscaled, every picture would be nearly black.
-    pixels = np.stack([np.asarray(image) for image in digits["validation"]["image"]])
-    assert (pixels.min(), pixels.max()) == (0, 255)
-
-
-def test_digits_are_split_alike_in_every_class(digits):
-    train, validation = (Counter(digits[split]["label"]) for split in ("train", "validation"))
-    shares = {digit: validation[digit] / (train[digit] + validation[digit]) for digit in range(10)}
-    assert all(abs(share - 0.2) < 0.01 for share in shares.values()), f"share of validation by class: {shares}"
-
-
-def test_digits_are_the_same_on_every_call(digits):
-    again = load_image_dataset("digits")
-    for split in digits:
-        assert again[split]["label"] == digits[split]["label"]
-        first, second = (np.stack([np.asarray(image) for image in d[split]["image"]]) for d in (again, digits))
-        assert np.array_equal(first, second), f"the images of {split} differ between two calls"
-
-
-def test_another_seed_is_another_split(digits):
-    assert load_digits(seed=1)["validation"]["label"] != digits["validation"]["label"]
-
-
-# Folders of images
-
-
-def test_a_folder_without_validation_gives_a_fifth_of_its_images_to_it(tmp_path):
-    dataset = load_image_dataset(directory=image_folder(tmp_path / "pets", "cat", "dog", images=10))
-    assert Counter(dataset["train"]["label"]) == {0: 8, 1: 8}
-    assert Counter(dataset["validation"]["label"]) == {0: 2, 1: 2}
-    for split in dataset.values():
-        assert all(seen == named for seen, named in colour_names(split)), "an image has another class's label"
-
-
-@pytest.mark.parametrize("validation", ["validation", "val", "valid", "dev", "test"])
-def test_a_folder_with_validation_is_read_as_it_is(tmp_path, validation):
-    folder = image_folder(tmp_path / "pets", "train/cat", "train/dog")
-    image_folder(folder / validation, "cat", "dog", images=2)
-    dataset = load_image_dataset(directory=str(folder))
-    assert {name: len(split) for name, split in dataset.items()} == {"train": 10, "validation": 4}
-    assert all(seen == named for split in dataset.values() for seen, named in colour_names(split))
-
-
-def test_validation_is_preferred_to_test(tmp_path):
-    folder = image_folder(tmp_path / "pets", "train/cat", "train/dog", "test/cat", "test/dog")
-    image_folder(folder / "validation", "cat", "dog", images=3)
-    assert len(load_image_dataset(directory=folder)["validation"]) == 6
-
-
-def test_a_folder_above_may_be_called_test(tmp_path):
-    folder = image_folder(tmp_path / "test" / "pets", "cat", "dog")
-    assert set(load_image_dataset(directory=folder)) == {"train", "validation"}
-
-
-def test_a_class_may_begin_with_the_name_of_a_split(tmp_path):
-    # Places365 has such classes. `datasets` takes `train_station` for the split `train`, and drops every other class.
-    folder = image_folder(tmp_path / "places", "airport", "bus", "train_station", "train_track")
-    dataset = load_image_dataset(directory=folder)
-    assert dataset["train"].features["label"].names == ["airport", "bus", "train_station", "train_track"]
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        load_image_dataset(directory=tmp_path / "no-such-folder")
-
-
-def test_an_empty_folder_is_named(tmp_path):
-    (tmp_path / "nothing-here").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match="nothing-here"):
-        load_image_dataset(directory=tmp_path / "nothing-here")
-
-
-@pytest.mark.parametrize("validation", ["validation", "val", "valid", "dev", "test"])
-def test_a_class_only_in_validation_is_named(tmp_path, validation):
-    # imagefolder merges the classes of both: `dog` would be label 2, in a model for cats and dogs.
-    folder = image_folder(tmp_path / "pets", "train/cat", "train/dog")
-    image_folder(folder / validation, "cat", "cow", "dog")
-    with pytest.raises(ValueError, match="cow"):
-        load_image_dataset(directory=folder)
-
-
-def test_a_class_only_in_train_is_named(tmp_path):
-    folder = image_folder(tmp_path / "pets", "train/cat", "train/cow", "train/dog", "validation/cat", "validation/dog")
-    with pytest.raises(ValueError, match="cow"):
-        load_image_dataset(directory=folder)
-
-
-@pytest.mark.parametrize("given", [{}, {"name": "digits", "directory": "somewhere"}])
-def test_a_name_and_a_folder_exclude_each_other(given):
-    with pytest.raises(ValueError, match="exactly one"):
-        load_image_dataset(**given)
-
-
-# Parquet files
-
-
-def test_parquet_files_are_read_by_split(tmp_path, digits):
-    (tmp_path / "digits" / "data").mkdir(parents=True)
-    shards = {"train-00000-of-00002": (0, 30), "train-00001-of-00002": (30, 70), "validation-00000-of-00001": (70, 90)}
-    for name, (start, end) in shards.items():
-        digits["train"].select(range(start, end)).to_parquet(tmp_path / "digits" / "data" / f"{name}.parquet")
-    dataset = load_image_dataset(directory=tmp_path / "digits")
-    assert dataset["train"]["label"] == digits["train"][:70]["label"]
-    assert dataset["validation"]["label"] == digits["train"][70:90]["label"]
-    assert np.array_equal(dataset["train"][69]["image"], digits["train"][69]["image"])
-
-
-def test_a_parquet_file_without_validation_is_split(tmp_path, digits):
-    digits["train"].select(range(200)).to_parquet(tmp_path / "train.parquet")
-    assert {name: len(split) for name, split in load_image_dataset(directory=tmp_path).items()} == {
-        "train": 160,
-        "validation": 40,
-    }
-
-
-@pytest.mark.parametrize("folder", ["retrieval", "latest"])
-def test_letters_inside_a_folder_name_do_not_make_a_split(tmp_path, digits, folder):
-    # "retrieval" contains "val", and "latest" contains "test".
-    (tmp_path / folder).mkdir()
-    digits["train"].select(range(200)).to_parquet(tmp_path / folder / "train-00000-of-00001.parquet")
-    assert len(load_image_dataset(directory=tmp_path)["train"]) == 160
-
-
-def test_columns_are_found_by_type_and_renamed(tmp_path, digits):
-    renamed = digits["train"].select(range(200)).rename_columns({"image": "img", "label": "fine_label"})
-    renamed.add_column("note", ["x"] * 200).to_parquet(tmp_path / "train.parquet")
-    assert sorted(load_image_dataset(directory=tmp_path)["train"].features) == ["image", "label"]
-
-
-@pytest.mark.parametrize("other", [("cow", "dog"), ("dog", "cat")], ids=["other class", "other order"])
-def test_splits_with_different_classes_are_refused(tmp_path, other):
-    # `datasets` reads all splits with the features of the first: a cow would be counted as a cat.
-    image = PIL.Image.new("L", (8, 8))
-    labelled([image] * 4, [0, 1, 0, 1], names=("cat", "dog")).to_parquet(tmp_path / "train.parquet")
-    labelled([image] * 4, [0, 1, 0, 1], names=other).to_parquet(tmp_path / "validation.parquet")
-    with pytest.raises(ValueError, match="classes of the splits differ"):
-        load_image_dataset(directory=tmp_path)
-
-
-@pytest.mark.parametrize("lacking", ["Image", "ClassLabel"])
-def test_a_dataset_without_the_needed_column_lists_its_columns(lacking):
-    features = {
-        "picture": datasets.Image() if lacking != "Image" else datasets.Value("string"),
-        "species": datasets.ClassLabel(names=["cat"]) if lacking != "ClassLabel" else datasets.Value("string"),
-    }
-    dataset = datasets.Dataset.from_dict({"picture": [], "species": []}, features=datasets.Features(features))
-    with pytest.raises(ValueError, match=f"one {lacking} column.*picture.*species"):
-        find_columns(dataset)
-
-
-# Files that are no images
-
-
-def test_a_text_file_that_ends_in_jpg_is_named(tmp_path):
-    folder = image_folder(tmp_path / "pets", "train/cat", "train/dog", "validation/cat", "validation/dog")
-    (folder / "train" / "dog" / "readme.jpg").write_text("not a picture")
-    dataset = load_image_dataset(directory=folder)
-    check_images(dataset["validation"])
-    with pytest.raises(ValueError, match=r"^1 .*readme\.jpg"):
-        check_images(dataset["train"])
-
-
-def test_an_unreadable_image_without_a_file_is_named_by_its_row():
-    good = PIL.Image.new("L", (8, 8))
-    for bad in ({"bytes": b"not a picture", "path": None}, None):
-        with pytest.raises(ValueError, match="row 2"):
-            check_images(labelled([good, good, bad]))
-
-
-def test_a_decompression_bomb_is_refused(monkeypatch):
-    dataset = labelled([PIL.Image.new("L", (8, 8))])
-    # Pillow raises from twice the limit on.
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 8 * 8 // 2 - 1)
-    with pytest.raises(ValueError, match="DecompressionBombError"):
-        check_images(dataset)
-
-
-def test_no_more_images_than_the_limit_are_looked_at():
-    good = PIL.Image.new("L", (8, 8))
-    dataset = labelled([good, {"bytes": b"not a picture", "path": None}, good, good])
-    check_images(dataset, limit=2)  # looks at rows 0 and 2
-    with pytest.raises(ValueError, match="row 1"):
-        check_images(dataset, limit=4)
-
-
-@pytest.mark.parametrize("label", [7, -1, None])
-def test_a_label_outside_the_classes_is_named(label):
-    # On a GPU it would be a device assert, far from its cause.
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    rows = {"image": [PIL.Image.new("L", (8, 8))] * 2, "label": [0, label]}
-    dataset = datasets.Dataset.from_dict(rows, features=features)
-    # `datasets` checks labels where it encodes them, but not those of a table it is given.
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
-    dataset = datasets.Dataset(dataset.data, info=datasets.DatasetInfo(features=features))
-    with pytest.raises(ValueError, match=rf"\[{label}\].*2 classes"):
-        check_images(dataset)
-
-
-# Processing
 
 
 def random_colour(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -356,6 +98,9 @@ class _Rows:
     def __init__(self, images):
         self.images = images
 
+    def __len__(self):
+        return len(self.images)
+
     def __getitem__(self, indices):
         return {"image": [self.images[index] for index in indices], "label": [0] * len(indices)}
 
@@ -387,28 +132,124 @@ def test_a_batch_has_the_shapes_and_types_the_model_takes():
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
-    for index in range(6):
-        path = tmp_path / ("cat" if index % 2 else "dog") / f"{index}.jpg"
-        path.parent.mkdir(exist_ok=True)
+# Images that cannot be decoded
+
+
+def picture_bytes(gray: int) -> dict:
+    file = io.BytesIO()
+    PIL.Image.new("L", (8, 8), gray).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+BROKEN = {"bytes": b"not a picture", "path": None}
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, processor):
+    paths = [str(tmp_path / f"{index}.jpg") for index in range(3)]
+    for path in paths:
         PIL.Image.effect_noise((64, 64), 50).save(path)
-    path.write_bytes(path.read_bytes()[:400])  # a download that broke off: the header is fine
-    whole = datasets.concatenate_datasets(list(load_image_dataset(directory=tmp_path).values()))
-    images = ProcessedImages(whole, ViTImageProcessor(size={"height": 8, "width": 8}))
-    with pytest.raises(OSError, match=r"5\.jpg cannot be decoded"):
-        images.__getitems__(list(range(6)))
+    with open(paths[2], "r+b") as file:
+        file.truncate(400)  # a download that broke off: the header is fine
+    images = ProcessedImages(labelled(paths), processor)
+    with pytest.raises(UnreadableImageError, match=r"2\.jpg cannot be decoded"):
+        images.__getitems__([0, 1, 2])
+
+
+def gray_of(item: dict) -> int:
+    return round(float(item["pixel_values"].mean()) * 255)
+
+
+def test_a_broken_training_image_is_replaced_by_the_next_readable_one(processor):
+    rows = [picture_bytes(10), BROKEN, BROKEN, picture_bytes(40)]
+    unreadable = UnreadableImages("skip")
+    images = ProcessedImages(labelled(rows, [0, 1, 1, 0]), processor, unreadable=unreadable)
+    assert [gray_of(item) for item in images.__getitems__([0, 1, 2, 3])] == [10, 40, 40, 40]
+    assert [item["labels"] for item in images.__getitems__([0, 1, 2, 3])] == [0, 0, 0, 0]
+    assert unreadable.names == ["row 1", "row 2"]
+    last = ProcessedImages(labelled([*rows, BROKEN], [0, 1, 1, 0, 1]), processor, unreadable=unreadable)
+    assert gray_of(last[4]) == 10, "after the last image comes the first"
+
+
+def test_a_broken_evaluation_image_has_no_label(processor):
+    rows = labelled([picture_bytes(10), BROKEN], [0, 1])
+    unreadable = UnreadableImages("skip")
+    images = ProcessedImages(rows, processor, unreadable=unreadable, is_evaluation=True)
+    good, broken = images.__getitems__([0, 1])
+    assert (good["labels"], broken["labels"]) == (0, LEFT_OUT)
+    assert broken["pixel_values"].shape == (3, 8, 8) and not broken["pixel_values"].any()
+    assert unreadable.count == 1
+    assert torch.nn.CrossEntropyLoss().ignore_index == LEFT_OUT
+
+
+def test_a_dataset_without_one_readable_image_raises(processor):
+    images = ProcessedImages(labelled([BROKEN] * 3), processor, unreadable=UnreadableImages("skip"))
+    with pytest.raises(OSError, match=r"No image of the dataset can be decoded.*3 images"):
+        images[0]
+
+
+def test_the_main_process_knows_what_dataloader_workers_could_not_read(processor):
+    rows = [BROKEN if index in (1, 4) else picture_bytes(index) for index in range(6)]
+    unreadable = UnreadableImages("skip")
+    images = ProcessedImages(labelled(rows), processor, unreadable=unreadable)
+    for _ in range(2):
+        list(DataLoader(images, batch_size=1, num_workers=2, collate_fn=collate))
+    assert (unreadable.count, sorted(unreadable.names)) == (2, ["row 1", "row 4"])
+
+
+# Tensors, draws, repeats, epochs
+
+
+def test_an_augmentation_may_give_the_tensor_for_the_model(processor):
+    def to_tensor(image):
+        assert image.mode == "RGB"
+        return torch.full((3, 5, 5), float(image.getpixel((0, 0))[0]))
+
+    images = ProcessedImages(labelled([picture_bytes(10), picture_bytes(20)]), processor, to_tensor)
+    items = images.__getitems__([0, 1])
+    assert [item["pixel_values"].shape for item in items] == [(3, 5, 5)] * 2
+    assert [float(item["pixel_values"].mean()) for item in items] == [10, 20], "the image processor was applied too"
+
+
+def test_draws_come_only_when_asked_for_and_differ_by_image_epoch_seed_and_repeat(processor):
+    rows = labelled([picture_bytes(index) for index in range(3)])
+    assert sorted(ProcessedImages(rows, processor)[0]) == ["labels", "pixel_values"]
+    draws = set()
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        images = ProcessedImages(rows, processor, seed=seed, with_draws=True)
+        images.set_epoch(epoch)
+        draws |= {item["draw"] for item in images.__getitems__([0, 1, 2, 3, 4, 5])}
+    assert len(draws) == 18 and all(0 <= draw < 2**32 for draw in draws)
+
+
+def test_an_index_beyond_the_end_is_the_same_image_drawn_anew(processor, augmented):
+    rows = labelled([picture_bytes(index) for index in range(3)], [0, 1, 0])
+    plain = ProcessedImages(rows, processor)
+    assert [gray_of(item) for item in plain.__getitems__([4, 8])] == [1, 2]
+    assert [item["labels"] for item in plain.__getitems__([4, 8])] == [1, 0]
+    assert not torch.equal(augmented()[3]["pixel_values"], augmented()[15]["pixel_values"])
+
+
+def test_workers_that_live_on_see_the_epoch_change(augmented):
+    images = augmented()
+    loader = DataLoader(images, batch_size=12, num_workers=1, persistent_workers=True, collate_fn=collate)
+    seen = []
+    for epoch in (0, 1):
+        images.set_epoch(epoch)
+        (batch,) = loader
+        expected = torch.stack([item["pixel_values"] for item in images.__getitems__(list(range(12)))])
+        assert torch.equal(batch["pixel_values"], expected), f"workers are not in epoch {epoch}"
+        seen.append(batch["pixel_values"])
+    assert not torch.equal(*seen)
+
+
+def test_the_callback_tells_the_epoch_that_begins(augmented):
+    class State:
+        epoch = 2.9999999  # a sum of steps
+
+    images = augmented()
+    AugmentationEpoch(images).on_epoch_begin(None, State, None)
+    assert images.epoch == 3
 
 
 def test_a_shift_keeps_the_size_of_any_picture():
     assert RandomShift(4)(PIL.Image.new("RGB", (50, 37))).size == (50, 37)
-
-
-def test_columns_can_be_named_where_there_are_several():
-    labels = {"fine": datasets.ClassLabel(names=["a", "b"]), "coarse": datasets.ClassLabel(names=["c"])}
-    features = datasets.Features({"img": datasets.Image(), **labels})
-    empty = datasets.Dataset.from_dict({"img": [], "fine": [], "coarse": []}, features=features)
-    assert find_columns(empty, label_column="fine") == ("img", "fine")
-    with pytest.raises(ValueError, match="`label_column` names the one to use"):
-        find_columns(empty)
-    with pytest.raises(ValueError, match="'thin'"):
-        find_columns(empty, label_column="thin")

@@ -49,7 +49,7 @@ TRAIN = """
 import contextlib, sys
 from pathlib import Path
 from huggingface_hub import ModelCard
-from lambda_vit_hf.data import load_digits
+from lambda_vit_hf.sources import load_digits
 from tests.test_training import run
 
 output_dir = Path(folder) / "digits"
@@ -72,7 +72,8 @@ result = {"metrics": metrics, "logits": logits.tolist(), "labels": labels}
 TRAINER = """
 from pathlib import Path
 from tests.conftest import TINY
-from tests.test_callback import StopAt, make_trainer
+from tests.small_training import make_trainer
+from tests.test_callback import StopAt
 
 torch.manual_seed(0)
 folder = Path(folder)

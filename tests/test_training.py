@@ -21,13 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from lambda_vit_hf.arguments import (
-    DataArguments,
-    LambdaTrainingArguments,
-    ModelArguments,
-    RemovalArguments,
-    parse_arguments,
-)
+from lambda_vit_hf.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.selection import AttentionSelection
 from lambda_vit_hf.training import run_training
 
@@ -46,9 +40,7 @@ def run(output_dir, *arguments) -> dict:
     argv = [str(ROOT / RECIPE), "--output_dir", str(output_dir), *SMALL, *map(str, arguments)]
     if not {"--num_layers", "--layers", "--removal_ratio"} & set(argv):
         argv += ["--num_layers", "2"]
-    return run_training(
-        *parse_arguments(argv, [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments])
-    )
+    return run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +83,7 @@ def test_the_saved_model_is_the_removed_one_that_was_evaluated(finished):
 
 
 def datasets_digits():
-    from lambda_vit_hf.data import load_digits
+    from lambda_vit_hf.sources import load_digits
 
     return load_digits()
 
@@ -107,7 +99,7 @@ sys.path.insert(0, {root!r})
 from transformers import Trainer
 save = Trainer._save_optimizer_and_scheduler
 def die(self, output_dir):
-    if output_dir.endswith("checkpoint-12"):
+    if output_dir.endswith({where!r}):
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, output_dir)
 Trainer._save_optimizer_and_scheduler = die
@@ -117,23 +109,25 @@ run(Path({folder!r}))
 """
 
 
-def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished, tmp_path, caplog):
+@pytest.mark.parametrize("where", ["digits/checkpoint-12", "digits/base-training/checkpoint-8"])
+def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished, tmp_path, caplog, where):
     expected = load_file(finished[0] / "model.safetensors")
     folder = tmp_path / "digits"
-    script = KILLED_WHILE_SAVING.format(root=str(ROOT), folder=str(folder))
+    script = KILLED_WHILE_SAVING.format(root=str(ROOT), folder=str(folder), where=where)
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert (folder / "checkpoint-12" / "model.safetensors").is_file(), "the kill should leave half a checkpoint"
+    assert (tmp_path / where / "model.safetensors").is_file(), "the kill should leave half a checkpoint"
     run(folder, "--resume_from_checkpoint", "true")
     assert "Passing over" in caplog.text
-    assert "checkpoint-12" in caplog.text
+    assert Path(where).name in caplog.text
     resumed = load_file(folder / "model.safetensors")
     assert resumed.keys() == expected.keys()
     for name, value in resumed.items():
         assert torch.equal(value, expected[name]), f"{name} differs from the uninterrupted run's"
+    assert not (folder / "base-training").exists()
 
 
-def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished, tmp_path):
+def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished, tmp_path, caplog):
     folder = tmp_path / "digits"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Less than an epoch: a last batch that is not full is filled up differently by two processes.
@@ -163,6 +157,13 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     off = [name for name in before for layer in two["layers"] if f"layers.{layer}.attention." in name]
     assert len(off) == 2 * 8
     assert [name for name in off if not torch.equal(before[name], after[name])] == []
+    # One process goes on where two were.
+    resumed = run(tmp_path / "resumed", *same, "--resume_from_checkpoint", folder / "checkpoint-8")
+    assert "written by 2 processes, this run has 1" in caplog.text
+    assert resumed["layers"] == two["layers"]
+    with pytest.raises(ValueError, match="lambda would jump"):
+        run(tmp_path / "other", *same, "--resume_from_checkpoint", folder / "checkpoint-8",
+            "--per_device_train_batch_size", "64")  # fmt: skip
 
 
 def test_the_program_trains_from_a_checkpoint_and_a_folder_of_images(tmp_path):
@@ -228,7 +229,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
         PIL.Image.new("L", (8, 8)).save(path)
     (path.parent / "broken.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"broken\.png"):
-        run(tmp_path / "out", "--dataset_dir", tmp_path / "images")
+        run(tmp_path / "out", "--dataset_dir", tmp_path / "images", "--unreadable_images", "raise")
 
 
 def test_another_number_of_classes_than_the_checkpoints_is_an_error(tmp_path):
@@ -295,7 +296,7 @@ def test_parquet_files_are_read(tmp_path):
     digits = datasets_digits()
     digits["train"].select(range(100)).to_parquet(tmp_path / "train-0.parquet")
     digits["validation"].select(range(50)).to_parquet(tmp_path / "validation-0.parquet")
-    from lambda_vit_hf.data import load_image_dataset
+    from lambda_vit_hf.sources import load_image_dataset
 
     loaded = load_image_dataset(directory=tmp_path)
     assert (len(loaded["train"]), len(loaded["validation"])) == (100, 50)

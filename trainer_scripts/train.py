@@ -15,23 +15,14 @@ import logging
 import os
 import sys
 
-from lambda_vit_hf.arguments import (
-    DataArguments,
-    LambdaTrainingArguments,
-    ModelArguments,
-    RemovalArguments,
-    parse_arguments,
-)
+from lambda_vit_hf.arguments import PROGRAM_ARGUMENTS, parse_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     # What is selected and when, once: from the first process.
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("lambda_vit_hf").setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
-    arguments = parse_arguments(
-        sys.argv[1:] if argv is None else argv,
-        [ModelArguments, DataArguments, RemovalArguments, LambdaTrainingArguments],
-    )
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, PROGRAM_ARGUMENTS)
     # Imported late: --help and a mistyped option need not wait for datasets and pictures.
     from lambda_vit_hf.training import run_training
 

@@ -1,0 +1,110 @@
+"""The folder a training writes to: whether it may be used, what a run can go on from, and the base model in it."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from .arguments import LambdaTrainingArguments
+from .checkpoints import find_resumable_checkpoint, num_processes_of, what_is_broken
+from .ema import EMA_FILE
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OutputFolder:
+    """
+    Where a run keeps its things, and what it goes on from.
+
+    Attributes:
+        path (`Path`): for the finished model.
+        checkpoint (`Path`, *optional*): of the removal phase, to resume from.
+        base_checkpoint (`Path`, *optional*): of the base model's training, to resume from.
+        source (`Path`): folder of the run that is resumed; `path` itself, unless a checkpoint elsewhere is named.
+    """
+
+    path: Path
+    checkpoint: Path | None = None
+    base_checkpoint: Path | None = None
+
+    @property
+    def source(self) -> Path:
+        return self.checkpoint.parent if self.checkpoint else self.path
+
+    @property
+    def base(self) -> Path:
+        """The base model that a run trained itself. There is one only once it is whole."""
+        return self.source / "base"
+
+    @property
+    def base_training(self) -> Path:
+        """Checkpoints of the base model's training; gone once it is finished."""
+        return self.path / "base-training"
+
+    def keep_base(self) -> None:
+        """Moves the finished base model out of the folder of its training, on the main process."""
+        if PartialState().is_main_process:
+            for checkpoint in self.base_training.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            self.base_training.rename(self.base)
+        PartialState().wait_for_everyone()
+
+    def clear(self) -> None:
+        """Deletes what an earlier run would be resumed from, once nothing else can go wrong before training."""
+        if PartialState().is_main_process:
+            for old in [*self.path.glob("checkpoint-*"), self.base, self.base_training]:
+                shutil.rmtree(old, ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+
+def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
+    """
+    Check the output folder before anything is written to it, and find what to resume from.
+
+    Raises:
+        FileExistsError: if it is a file, or not empty and neither overwriting nor resuming was asked for.
+        ValueError: if the checkpoint named cannot be resumed.
+    """
+    path = Path(training_args.output_dir)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"The output folder {path} is a file.")
+    needed = (EMA_FILE,) if training_args.ema_decay else ()
+    wish = str(training_args.resume_from_checkpoint or "false")
+    if wish.lower() == "false":
+        if path.is_dir() and any(path.iterdir()) and not training_args.overwrite_output_dir:
+            raise FileExistsError(
+                f"The output folder {path} is not empty. Pass --overwrite_output_dir to start anew in it,"
+                " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
+            )
+        return OutputFolder(path)
+    if wish.lower() != "true":
+        problem = what_is_broken(wish, needed)
+        if problem:
+            raise ValueError(f"Cannot resume from {wish}: {problem}.")
+        folder = OutputFolder(path, checkpoint=Path(wish))
+    else:
+        folder = OutputFolder(path, checkpoint=find_resumable_checkpoint(path, needed))
+        if folder.checkpoint is None and not folder.base.is_dir():
+            folder.base_checkpoint = find_resumable_checkpoint(folder.base_training)
+    found = folder.checkpoint or folder.base_checkpoint
+    if found is None:
+        logger.warning("No whole checkpoint in %s; starting from the beginning.", path)
+    else:
+        _compare_processes(found, training_args.world_size)
+    return folder
+
+
+def _compare_processes(checkpoint: Path, world_size: int) -> None:
+    before = num_processes_of(checkpoint)
+    if before != world_size:
+        logger.warning(
+            "%s was written by %d processes, this run has %d: weights, optimizer, learning rate and lambda go on where"
+            " they were; images come in another order from here, and dropout draws anew.",
+            checkpoint,
+            before,
+            world_size,
+        )
