@@ -132,6 +132,16 @@ class Experiment:
         fixed = ["--output_dir", str(output_dir / "trainer"), "--save_strategy", "no", "--eval_strategy", "no"]
         arguments = parse_arguments([recipe, *argv, *fixed, "--report_to", "none"], PROGRAM_ARGUMENTS)
         self.model_args, self.data_args, self.augmentation_args, self.removal_args, self.training_args = arguments
+        unknown_here = {
+            "streaming": self.data_args.streaming,
+            "repeated_augmentation": self.augmentation_args.repeated_augmentation > 1,
+            "learning_rate_batch_size": self.training_args.learning_rate_batch_size,
+            "ema_decay": self.training_args.ema_decay,
+            "distillation": self.training_args.distillation != "none",
+        }
+        asked_for = [name for name, value in unknown_here.items() if value]
+        if asked_for:
+            raise ValueError(f"The comparison trains without {asked_for}: turn them off, or use train.py by itself.")
         if self.training_args.device.type == "cpu":
             self.training_args.dataloader_pin_memory = False
         self.output_dir = output_dir

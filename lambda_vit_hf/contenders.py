@@ -216,7 +216,8 @@ def _build_model(source: str, steps: list[str], contest: Contest) -> tuple[nn.Mo
 def _start_engine(contender: Contender, model: nn.Module, steps: list[str]) -> None:
     """Replaces `contender.run` by a compiled, exported or onnxruntime one."""
     if "compiled" in steps:
-        contender.run = torch.compile(contender.run)
+        # A limit of recompilations for each contender, static shapes, and an error instead of eager without a word.
+        contender.run = torch.compile(contender.run, fullgraph=True, dynamic=False, isolate_recompiles=True)
     elif "exported" in steps:
         contender.run = exported_program(model, contender.images(2)).module()
     elif "onnx" in steps:

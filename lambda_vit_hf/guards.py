@@ -51,6 +51,8 @@ class SaveOnSigterm(TrainerCallback):
     Unlike `enable_jit_checkpoint` of transformers 5.23, which saves between backward pass and optimizer step, three
     seconds after the signal.
 
+    A signal after the last step is not needed any more: training is over, and goes on to its end.
+
     With several processes all must stop at the same step, so they agree on it every `check_every` steps.
 
     Args:
@@ -74,6 +76,11 @@ class SaveOnSigterm(TrainerCallback):
             self.stopping = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # every second counts
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # The Trainer ends the epoch that it leaves in the middle, too; this step's checkpoint is whole already.
+        if self.stopping:
+            control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args, state, control, **kwargs):
         # A handler that was not set from Python is given as None, and cannot be put back.

@@ -34,8 +34,9 @@ class StackedAttention(LambdaViTAttention):
         self.register_load_state_dict_pre_hook(_stack_projections)
 
     def project(self, hidden_states: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if asking is hidden_states:
-            return self.qkv_proj(hidden_states).chunk(3, dim=-1)
+        if asking is hidden_states or type(self.qkv_proj) is not nn.Linear:  # quantised: has no weight to cut
+            query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
+            return query[:, : asking.shape[1]], key, value
         width = self.qkv_proj.out_features // 3
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])
@@ -115,6 +116,9 @@ def _check_linear_layers(layers: nn.ModuleList) -> None:
                     f"{name} of layer {index} is a {type(projection).__name__}, not a linear layer. Merge adapters"
                     " into the weights first, and quantise after `prepare_for_inference`."
                 )
+            is_offloaded = hasattr(projection, "_hf_hook") or projection.weight.is_meta
+            if projection._forward_hooks or projection._forward_pre_hooks or is_offloaded:
+                raise ValueError(f"{name} of layer {index} has hooks or is offloaded: stacking would lose them.")
 
 
 def _stack(linears: list[nn.Linear]) -> nn.Linear:

@@ -24,12 +24,24 @@ class OutputFolder:
         path (`Path`): for the finished model.
         checkpoint (`Path`, *optional*): of the removal phase, to resume from.
         base_checkpoint (`Path`, *optional*): of the base model's training, to resume from.
+        resuming (`bool`): whether resuming was asked for.
         source (`Path`): folder of the run that is resumed; `path` itself, unless a checkpoint elsewhere is named.
     """
 
     path: Path
     checkpoint: Path | None = None
     base_checkpoint: Path | None = None
+    resuming: bool = False
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether there is anything to go on from."""
+        return self.resuming and (self.source_checkpoint is not None or self.base.is_dir())
+
+    @property
+    def source_checkpoint(self) -> Path | None:
+        """Of the removal phase, or else of the base model's training."""
+        return self.checkpoint or self.base_checkpoint
 
     @property
     def source(self) -> Path:
@@ -51,6 +63,12 @@ class OutputFolder:
             for checkpoint in self.base_training.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
             self.base_training.rename(self.base)
+        PartialState().wait_for_everyone()
+
+    def bring_base(self) -> None:
+        """Copies the base model of a run resumed from another folder, so that this folder can be resumed too."""
+        if PartialState().is_main_process and self.source != self.path and self.base.is_dir():
+            shutil.copytree(self.base, self.path / "base", dirs_exist_ok=True)
         PartialState().wait_for_everyone()
 
     def clear(self) -> None:
@@ -85,16 +103,24 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
         problem = what_is_broken(wish, needed)
         if problem:
             raise ValueError(f"Cannot resume from {wish}: {problem}.")
-        folder = OutputFolder(path, checkpoint=Path(wish))
+        if Path(wish).resolve().parent.name == "base-training":
+            raise ValueError(
+                f"{wish} is a checkpoint of the base model's training: use --resume_from_checkpoint true."
+            )
+        folder = OutputFolder(path, checkpoint=Path(wish), resuming=True)
+        others = [one for one in path.glob("checkpoint-*") if one.parent.resolve() != Path(wish).resolve().parent]
+        if others:
+            raise FileExistsError(f"The output folder {path} holds checkpoints of another run: {others[0].name}.")
     else:
-        folder = OutputFolder(path, checkpoint=find_resumable_checkpoint(path, needed))
+        folder = OutputFolder(path, checkpoint=find_resumable_checkpoint(path, needed), resuming=True)
         if folder.checkpoint is None and not folder.base.is_dir():
             folder.base_checkpoint = find_resumable_checkpoint(folder.base_training)
-    found = folder.checkpoint or folder.base_checkpoint
-    if found is None:
-        logger.warning("No whole checkpoint in %s; starting from the beginning.", path)
+    if folder.source_checkpoint is not None:
+        _compare_processes(folder.source_checkpoint, training_args.world_size)
+    elif folder.base.is_dir():
+        logger.warning("The base model in %s is whole; going on with the removal.", folder.base)
     else:
-        _compare_processes(found, training_args.world_size)
+        logger.warning("No whole checkpoint in %s; starting from the beginning.", path)
     return folder
 
 

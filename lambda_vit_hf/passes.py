@@ -1,6 +1,7 @@
 """Passes over the calibration images: this process's share of them, with progress, and what one pass measures."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 
 from .calibration import CalibrationBatches, SameImages
 from .entropy import GaussianEntropy, merge_across_processes
+from .removal import residual_scales
 
 
 class CalibrationPasses:
@@ -75,7 +77,19 @@ class CalibrationPasses:
                     of_mlp.update(branch)
                     hidden_states = hidden_states + branch
         merge_across_processes([*(one for one in attention if one is not None), *mlp])
-        return [None if one is None else one.value() for one in attention], [one.value() for one in mlp]
+        shifts = self._shifts_of_folding()
+        return (
+            [None if one is None else one.value() + shift for one, shift in zip(attention, shifts, strict=True)],
+            [one.value() + shift for one, shift in zip(mlp, shifts, strict=True)],
+        )
+
+    def _shifts_of_folding(self) -> list[float]:
+        """What a folded layer's entropies lack, in nats: its stream is stored smaller, and so is what adds to it."""
+        config = self.model.config
+        if not config.fold_removed:
+            return [0.0] * config.num_hidden_layers
+        scales = residual_scales(config.attention_flags, config.fold_exponent)
+        return [config.hidden_size * math.log(scale) for scale in scales]
 
     def attention_influence(self) -> list[float | None]:
         """

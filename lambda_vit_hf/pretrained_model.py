@@ -258,8 +258,14 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
         (https://github.com/huggingface/transformers/issues/48805).
 
         Raises:
-            ValueError: if `config.attention_flags` was edited by hand and no longer describes the model.
+            ValueError: if `config.attention_flags` or the token merging of the config was edited by hand and no
+                longer describes the model.
         """
+        if [layer.merged_tokens for layer in self.encoder_layers] != self.config.token_merging_schedule():
+            raise ValueError(
+                "The config's `token_merging_r` or `token_merging_start` was edited by hand, which changes nothing in"
+                " the model. Use `set_token_merging`."
+            )
         flags = [layer.attention is not None for layer in self.encoder_layers]
         if flags != self.config.attention_flags:
             raise ValueError(

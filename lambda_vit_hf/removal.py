@@ -78,19 +78,31 @@ def fold_encoder_(
         exponent (`int`, *optional*, defaults to 0): see `centred_exponent`.
 
     Raises:
-        ValueError: if a weight leaves the range of its dtype (float16). Nothing is changed then.
+        ValueError: if a weight leaves the range of its dtype (float16), or if an adapter or a quantised layer stands
+            in the place of a plain one. Nothing is changed then.
     """
     divided = []
     if exponent:
+        _check_plain("the patch embedding", embeddings.patch_embeddings.projection, nn.Conv2d)
         divided += [("the embeddings", parameter, 2.0**-exponent) for parameter in embeddings.parameters()]
     for index, (layer, divisor) in enumerate(zip(layers, divisors, strict=True)):
         if divisor == 1:
             continue
         ends = [layer.mlp.fc2] if layer.attention is None else [layer.attention.o_proj, layer.mlp.fc2]
+        for end in ends:
+            _check_plain(f"layer {index}", end, nn.Linear)
         divided += [(f"layer {index}", parameter, divisor) for end in ends for parameter in end.parameters()]
     quotients = [(parameter, _exact_quotient(where, parameter, divisor)) for where, parameter, divisor in divided]
     for parameter, quotient in quotients:
         parameter.copy_(quotient)
+
+
+def _check_plain(where: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    if type(module) is not kind or not module.weight.is_floating_point():
+        raise ValueError(
+            f"Folding would not keep the function of {where}: it has a {type(module).__name__} in the place of a"
+            f" {kind.__name__}. Merge adapters into the weights first, and quantise after folding."
+        )
 
 
 def _exact_quotient(where: str, parameter: torch.Tensor, divisor: float) -> torch.Tensor:

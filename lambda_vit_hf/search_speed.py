@@ -40,7 +40,7 @@ def measure_search(
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bars.
 
     Returns:
-        `dict`: `rows` with seconds, block evaluations per calibration batch and layers of both searches; `ratio` of
+        `dict`: `rows` with seconds, block evaluations per calibration image and layers of both searches; `ratio` of
         the seconds; `block_ratio`; `environment`; JSON-serialisable.
     """
     model = contest.base_model.to(contest.device)
@@ -78,4 +78,4 @@ def search_table(result: dict) -> str:
     ]
     limit = f"at most {result['limit']:.2f} wanted"
     rows.append(["ratio", f"{result['ratio']:.3f}", f"{result['block_ratio']:.3f}", limit])
-    return markdown_table(["search", "seconds", "block evaluations per batch", "layers, in order"], rows)
+    return markdown_table(["search", "seconds", "block evaluations per image", "layers, in order"], rows)

@@ -221,8 +221,10 @@ def select_attention_layers(
     model.eval()
     try:
         search.measure_layers()
-        order = _same_on_every_process(list(choose(search)))
+        order = _same_on_every_process([int(layer) for layer in choose(search)])
+        _check_order(order, num_layers, search.candidates)
         blocks = search.block_evaluations
+        naive_blocks = search.naive_block_evaluations if blocks else 0
         (transfer_entropy,) = search.transfer_entropy([order])
         pair_transfer_entropy = search.measure_pairs() if pairs else []
         output_entropy = search.output_entropy  # measured here, if the strategy has not
@@ -231,7 +233,7 @@ def select_attention_layers(
     _warn_of_weak_evidence(search, batches.num_images)
     return AttentionSelection(
         order=order,
-        strategy=strategy if isinstance(strategy, str) else strategy.__name__,
+        strategy=strategy if isinstance(strategy, str) else getattr(strategy, "__name__", type(strategy).__name__),
         output=output,
         mask=mask,
         compare=compare,
@@ -244,7 +246,7 @@ def select_attention_layers(
         dead_channels=search.dead_channels,
         num_channels=search.num_channels,
         block_evaluations=blocks,
-        naive_block_evaluations=search.naive_block_evaluations,
+        naive_block_evaluations=naive_blocks,
         pair_transfer_entropy=pair_transfer_entropy,
         autocast_dtype=autocast_dtype and str(autocast_dtype).removeprefix("torch."),
     )
@@ -265,6 +267,11 @@ def _warn_of_weak_evidence(search: AttentionSearch, num_images: int) -> None:
             "%d calibration images are few for an output of %d channels: %d are needed for an entropy that is known to"
             " half a nat.%s", num_images, num_channels, needed, least,
         )  # fmt: skip
+
+
+def _check_order(order: list[int], num_layers: int, candidates: list[int]) -> None:
+    if len(order) != num_layers or len(set(order)) != num_layers or not set(order) <= set(candidates):
+        raise ValueError(f"The strategy gave {order}; expected {num_layers} different layers of {candidates}.")
 
 
 def _same_on_every_process(order: list[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """The model a training starts from: a checkpoint, or a new one, with its image processor."""
 
+import logging
 from pathlib import Path
 
 from transformers import AutoImageProcessor, ViTImageProcessor
@@ -10,6 +11,8 @@ from .configuration_lambda_vit import LambdaViTConfig
 from .modeling_lambda_vit import LambdaViTForImageClassification
 from .output_folder import OutputFolder
 
+
+logger = logging.getLogger(__name__)
 
 _SHAPE = (
     "patch_size",
@@ -82,11 +85,28 @@ def _load(source: str, ignore_mismatched_sizes: bool, labels: dict, given: dict)
             f"{source} has {stored.num_labels} classes, the dataset has {len(labels['id2label'])}. Pass"
             " --ignore_mismatched_sizes to replace the classifier."
         )
+    if not is_other_task:
+        _compare_names(source, stored.id2label, labels["id2label"])
     model = LambdaViTForImageClassification.from_pretrained(
         source, ignore_mismatched_sizes=ignore_mismatched_sizes, **labels, **given
     )
     # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
     return model, is_other_task
+
+
+def _compare_names(source: str, stored: dict[int, str], wanted: dict[int, str]) -> None:
+    if stored == wanted or stored == {index: f"LABEL_{index}" for index in stored}:
+        return
+    differing = [(stored[index], wanted[index]) for index in sorted(wanted) if stored[index] != wanted[index]]
+    if sorted(stored.values()) == sorted(wanted.values()):
+        raise ValueError(
+            f"{source} has the dataset's classes in another order (model, dataset): {differing[:3]}. Its classifier"
+            " would name every image wrongly: put the dataset's classes in the model's order."
+        )
+    logger.warning(
+        "%s names %d of its classes otherwise than the dataset (model, dataset): %s. The dataset's names are taken; if"
+        " these are other classes, start from a checkpoint without them.", source, len(differing), differing[:3],
+    )  # fmt: skip
 
 
 def _load_processor(source: str, image_size: int | None):

@@ -99,6 +99,13 @@ class ImageClassificationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.repeats is None else self.repeats
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at the very end, in the middle of an epoch: the Trainer would train one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_decay_parameter_names(self, model) -> list[str]:
         return decay_parameter_names(model)
 
@@ -122,7 +129,8 @@ class ImageClassificationTrainer(Trainer):
         # The labels are taken out of the inputs below.
         num_images = images_averaged_over(inputs["labels"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            num_images = num_images / self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
+            # DDP takes the mean of the processes' gradients, DataParallel that of its GPUs' losses.
+            num_images = num_images / (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None:
             loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)

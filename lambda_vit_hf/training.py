@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 
+import torch
 from accelerate import PartialState
 from transformers import DefaultFlowCallback, set_seed
 
@@ -52,9 +53,10 @@ def run_training(
         FloatingPointError: if the gradient becomes NaN.
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
-    folder = open_output_folder(training_args)
-    overwrite = training_args.overwrite_output_dir and not (folder.checkpoint or folder.base_checkpoint)
+    model_args, training_args = copy.copy(model_args), copy.copy(training_args)  # the caller keeps its own
     _check_training_arguments(training_args)
+    folder = open_output_folder(training_args)
+    overwrite = training_args.overwrite_output_dir and not folder.is_resumed
     set_seed(training_args.seed)
     with PartialState().main_process_first():
         splits = load_splits(data_args)
@@ -78,21 +80,18 @@ def run_training(
     )
     averages = [] if training_args.ema_decay is None else [EmaCallback(training_args.ema_decay)]
     trainer = _trainer(model, training_args, [*averages, removal], **common)
-    _check_schedule(trainer, removal_args)
+    _check_schedule(trainer, removal_args, is_new)
+    _check_learning_rates(trainer, model_args.base_learning_rate if is_new else None)
     if overwrite:
         folder.clear()
+    folder.bring_base()
     if is_new:
         _train_base(model, model_args, training_args, folder, **common)
 
     base_accuracy = trainer.evaluate(metric_key_prefix="base")["base_accuracy"]
     base = copy.deepcopy(model).cpu()
     if training_args.distillation != "none":
-        trainer.distillation = DistillationLoss(
-            base,
-            alpha=training_args.distillation_alpha,
-            temperature=training_args.distillation_temperature,
-            kind=training_args.distillation,
-        )
+        trainer.distillation = _distillation(base, training_args)
     set_seed(training_args.seed)  # as if there had been no base model to train: a resumed run may find it finished
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
     accuracy = trainer.evaluate()["eval_accuracy"]
@@ -100,7 +99,7 @@ def run_training(
     removal = next(one for one in trainer.callback_handler.callbacks if isinstance(one, EntropyGuidedRemovalCallback))
     push, training_args.push_to_hub = training_args.push_to_hub, False  # not before the card has the measured figures
     trainer.save_model()
-    metrics = {}
+    metrics, unreadable = {}, images.count_unreadable()
     if trainer.is_world_process_zero():
         metrics = write_report(
             trainer,
@@ -110,7 +109,7 @@ def run_training(
             accuracy,
             data_args.dataset_name,
             model_args.model_name_or_path,
-            images.count_unreadable(),
+            unreadable,
         )
         classify_one(folder.path, splits["validation"])
     PartialState().wait_for_everyone()
@@ -133,8 +132,19 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
         raise ValueError(
             f"`learning_rate_granularity` must be step or epoch, got {training_args.learning_rate_granularity!r}."
         )
-    if training_args.distillation not in ("none", "soft", "hard"):
-        raise ValueError(f"`distillation` must be none, soft or hard, got {training_args.distillation!r}.")
+    if training_args.distillation != "none":
+        _distillation(torch.nn.Identity(), training_args)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training_args.fsdp:
+        raise ValueError("This program copies the whole model before removal, which FSDP splits up: use DDP.")
+    if training_args.save_only_model:
+        raise ValueError("With --save_only_model no run could be resumed: leave it out.")
+    is_timms = training_args.min_learning_rate is not None
+    if not is_timms and (training_args.warmup_epochs or training_args.learning_rate_granularity == "epoch"):
+        raise ValueError(
+            "`warmup_epochs` and `learning_rate_granularity` need timm's cosine: give --min_learning_rate."
+        )
+    if is_timms and training_args.warmup_steps:
+        raise ValueError("timm's cosine warms up by --warmup_epochs: leave --warmup_steps out.")
     training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
@@ -150,14 +160,31 @@ def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrain
         setattr(args, name, scaled)
 
 
-def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalArguments) -> None:
+def _distillation(teacher: torch.nn.Module, training_args: LambdaTrainingArguments) -> DistillationLoss:
+    return DistillationLoss(
+        teacher,
+        alpha=training_args.distillation_alpha,
+        temperature=training_args.distillation_temperature,
+        kind=training_args.distillation,
+    )
+
+
+def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalArguments, is_new: bool) -> None:
     """Lambda must have room to fall, and an average to forget what was before: known before any training."""
     steps_per_epoch, total_steps = trainer.count_steps()
-    per_update = 1
-    if removal_args.granularity == "epoch":
-        if steps_per_epoch is None:
-            raise ValueError("A stream of unknown length has no epochs: use --granularity step.")
-        per_update = steps_per_epoch
+    by_epoch = [
+        name
+        for name, asked in (
+            ("a base model or a new classifier", is_new),
+            ("--granularity epoch", removal_args.granularity == "epoch"),
+            ("--learning_rate_granularity epoch", trainer.args.learning_rate_granularity == "epoch"),
+            ("--warmup_epochs", trainer.args.warmup_epochs),
+        )
+        if asked
+    ]
+    if steps_per_epoch is None and by_epoch:
+        raise ValueError(f"A stream of unknown length has no epochs, but {', '.join(by_epoch)} need them.")
+    per_update = steps_per_epoch if removal_args.granularity == "epoch" else 1
     dilution = DilutionSchedule(total_steps, removal_args.hold_share, removal_args.schedule, per_update)
     decay, hold = trainer.args.ema_decay, total_steps - dilution.first_zero_step
     if decay is not None and 1 / (1 - decay) > hold:
@@ -166,6 +193,15 @@ def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalAr
             " trained at lambda = 0: it would mix the removed model with what was before. At most"
             f" {1 - 1 / max(hold, 2):.6g} fits here; or train longer."
         )
+
+
+def _check_learning_rates(trainer: ImageClassificationTrainer, base_learning_rate: float | None) -> None:
+    """Peak, floor and warm-up must fit together, in the base model's training too: known before any training."""
+    for rate in (trainer.args.learning_rate, base_learning_rate):
+        if rate is not None and trainer.args.min_learning_rate is not None:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+            trainer.create_scheduler(trainer.count_steps()[1], optimizer)
+            trainer.lr_scheduler = None
 
 
 def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> ImageClassificationTrainer:

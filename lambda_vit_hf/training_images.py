@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import datasets
+from accelerate.utils import gather_object
 
 from .arguments import AugmentationArguments, DataArguments, LambdaTrainingArguments
 from .augmentation import deit_augmentation
@@ -110,8 +111,8 @@ class TrainingImages:
         return ProcessedImages(images, self.image_processor, unreadable=self.unreadable["train"])
 
     def count_unreadable(self) -> dict[str, int]:
-        """How many images of each split could not be decoded so far, in this process."""
-        return {split: unreadable.count for split, unreadable in self.unreadable.items()}
+        """How many images of each split could not be decoded so far. All processes must ask together."""
+        return {split: len(set(gather_object(one.names))) for split, one in self.unreadable.items()}
 
     def _augmentation(self, wish: AugmentationArguments) -> Callable | None:
         if wish.random_shift:

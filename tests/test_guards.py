@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification, StopOnNonFiniteGradient
 from lambda_vit_hf.checkpoints import what_is_broken
+from lambda_vit_hf.ema import EMA_FILE, EmaCallback
 from lambda_vit_hf.guards import SaveOnSigterm
 
 from .conftest import in_two_processes
@@ -72,6 +73,33 @@ def test_a_run_that_sigterm_ended_goes_on_to_the_same_weights(model, vit_folder,
     assert resumed.config.removed_layers == [1, 2]
     for name, value in expected.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class Notes(TrainerCallback):
+    """What is evaluated and saved, at which step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seen.append(("evaluated", state.global_step))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seen.append(("saved", state.global_step))
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_after_sigterm_nothing_is_evaluated_and_one_checkpoint_saved(model, tmp_path, strategy):
+    notes = Notes()
+    guards = [SaveOnSigterm(), EmaCallback(decay=0.5), EntropyGuidedRemovalCallback(layers=[1, 2])]
+    trainer = make_trainer(
+        model, tmp_path, [*guards, TerminateAt(3), notes], eval_strategy=strategy, save_strategy=strategy,
+        eval_steps=4, save_steps=4,
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert notes.seen == [("saved", 4)]
+    assert what_is_broken(tmp_path / "checkpoint-4", needed=(EMA_FILE,)) is None
 
 
 def test_the_handler_of_before_is_put_back(model, tmp_path):

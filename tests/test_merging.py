@@ -291,3 +291,9 @@ def test_the_bare_model_gives_the_tokens_that_are_left(merging, pixel_values, tm
     merging.save_pretrained(tmp_path)
     output = LambdaViTModel.from_pretrained(tmp_path, add_pooling_layer=False)(pixel_values)
     assert output.last_hidden_state.shape == (3, 11, 32)
+
+
+def test_merging_edited_into_the_config_by_hand_is_not_saved(model, tmp_path):
+    model.config.token_merging_r = 2
+    with pytest.raises(ValueError, match="set_token_merging"):
+        model.save_pretrained(tmp_path)

@@ -90,6 +90,32 @@ def test_the_base_model_appears_only_when_it_is_whole(tmp_path):
     assert not folder.base_training.exists()
 
 
+def test_a_finished_base_model_is_something_to_go_on_from(tmp_path, caplog):
+    (tmp_path / "base").mkdir()
+    wanted = open_output_folder(training_args(tmp_path, resume_from_checkpoint="true", overwrite_output_dir=True))
+    assert wanted.is_resumed
+    assert "going on with the removal" in caplog.text
+    assert not open_output_folder(training_args(tmp_path, overwrite_output_dir=True)).is_resumed
+
+
+def test_going_on_in_another_folder_brings_the_base_model_along(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "one" / "checkpoint-3")
+    (tmp_path / "one" / "base").mkdir()
+    (tmp_path / "one" / "base" / "config.json").touch()
+    folder = open_output_folder(training_args(tmp_path / "two", resume_from_checkpoint=str(checkpoint)))
+    folder.bring_base()
+    assert (tmp_path / "two" / "base" / "config.json").is_file()
+    write_checkpoint(tmp_path / "two" / "checkpoint-9")
+    with pytest.raises(FileExistsError, match="another run"):
+        open_output_folder(training_args(tmp_path / "two", resume_from_checkpoint=str(checkpoint)))
+
+
+def test_a_checkpoint_of_the_base_models_training_is_not_one_of_the_removal(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "base-training" / "checkpoint-3")
+    with pytest.raises(ValueError, match="base model's training"):
+        open_output_folder(training_args(tmp_path, resume_from_checkpoint=str(checkpoint)))
+
+
 def test_clearing_deletes_what_could_be_resumed_and_nothing_else(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-3")
     write_checkpoint(tmp_path / "base-training" / "checkpoint-1")

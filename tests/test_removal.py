@@ -54,3 +54,22 @@ def test_the_scale_is_centred(removed, exponent):
     assert centred_exponent(flags) == exponent
     scales = residual_scales(flags, exponent)
     assert (scales[0], scales[-1]) == (2.0 ** (min(removed, 1) - exponent), 2.0 ** (removed - exponent))
+
+
+@pytest.mark.parametrize("where", ["mlp.fc2", "attention.o_proj"])
+def test_folding_through_an_adapter_is_refused_and_changes_nothing(model, where):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model.remove_attention([0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parent, name = where.split(".")
+    layer = getattr(model.encoder_layers[1], parent)
+    old = getattr(layer, name)
+    new = Adapted(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    setattr(layer, name, new)
+    with pytest.raises(ValueError, match="Merge adapters"):
+        model.fold_removed_attention()
+    assert not model.config.fold_removed
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

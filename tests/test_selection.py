@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -390,3 +391,29 @@ def test_two_processes_select_what_one_does(model, images, tmp_path):
         assert first.num_images == alone.num_images == 40
         for ours, expected in zip(first.steps, alone.steps, strict=True):
             assert ours.transfer_entropy == pytest.approx(expected.transfer_entropy, rel=1e-9)
+
+
+@pytest.mark.parametrize("answer", [[0, 0], [0], [0, 1, 2], [0, 9]], ids=str)
+def test_a_strategy_that_gives_something_else_than_asked_for_is_refused(model, answer):
+    with pytest.raises(ValueError, match="expected 2 different layers"):
+        select_attention_layers(model, torch.randn(4, 3, 16, 16), num_layers=2, strategy=lambda search: answer)
+
+
+def test_a_strategy_without_a_name_is_called_by_its_kind(model):
+    def chosen(layers, search):
+        return layers
+
+    strategy = functools.partial(chosen, [0, 1])
+    selection = select_attention_layers(model, torch.randn(4, 3, 16, 16), num_layers=2, strategy=strategy)
+    assert (selection.strategy, selection.layers) == ("partial", [0, 1])
+
+
+def test_layer_entropies_do_not_depend_on_folding(model):
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    model.remove_attention([0, 1, 2])
+    found = []
+    for _ in range(2):
+        selection = select_attention_layers(model, images, num_layers=1)
+        found.append([value for value in (*selection.attention_entropy, *selection.mlp_entropy) if value is not None])
+        model.fold_removed_attention()
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

@@ -124,6 +124,14 @@ def test_the_length_of_training_is_known_beforehand(model, tmp_path):
     assert make(model, tmp_path, max_steps=7).count_steps() == (6, 7)
 
 
+def test_resuming_from_the_last_step_in_mid_epoch_trains_no_more(model, tmp_path):
+    make(model, tmp_path, max_steps=10, save_strategy="steps", save_steps=10).train()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    resumed = make(model, tmp_path, max_steps=10, lr_scheduler_type="constant")
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10")).global_step == 10
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_an_accumulated_step_moves_the_weights_as_one_large_batch(vit_folder, tmp_path):
     from lambda_vit_hf import LambdaViTForImageClassification
 

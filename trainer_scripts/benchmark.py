@@ -74,7 +74,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=16)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv = ["inference", *argv]
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    known = {"inference": ("fp32", "bf16", "fp16"), "search": ("fp32",)}.get(arguments.command, ("fp32", "bf16"))
+    if arguments.dtype not in (None, *known):
+        parser.error(f"{arguments.command} knows --dtype {' and '.join(known)}")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:

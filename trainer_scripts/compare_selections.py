@@ -52,6 +52,7 @@ def open_results(path: Path, settings: dict) -> dict:
     if not path.is_file():
         return {"settings": settings, "trainings": {}}
     results = json.loads(path.read_text(encoding="utf-8"))
+    results["settings"].setdefault("base_models", None)
     if results["settings"] != settings:
         changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
                    if results["settings"].get(name) != value}  # fmt: skip
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         "recipe": Path(options.recipe).name, "overrides": passed_on, "seeds": options.seeds,
         "strategies": options.strategies, "num_removed": options.num_removed,
         "num_train_images": options.num_train_images, "num_random_sets": options.random_sets,
-        "train_choices": options.train_choices,
+        "train_choices": options.train_choices, "base_models": options.base_models,
     }  # fmt: skip
     results = open_results(path, settings)
     experiment = Experiment(options.recipe, passed_on, options.output_dir, options.num_train_images)
@@ -103,9 +104,9 @@ def measure(results: dict, options, experiment, checkpoints: dict, save) -> None
             continue
         print(f"seed {seed}: base model, strategies, random sets", flush=True)
         base = experiment.base_model(seed, checkpoints[seed])
-        runs, choices, random_sets = base.compare_strategies(options.strategies, options.num_removed), [], []
+        runs, random_sets = base.compare_strategies(options.strategies, options.num_removed), []
+        choices = base.try_choices(options.num_removed)
         if options.random_sets:
-            choices = base.try_choices(options.num_removed)
             for num_layers in sorted({min(options.num_removed), max(options.num_removed)}):
                 random_sets.append(base.try_random_sets(num_layers, options.random_sets))
         results["runs"] += runs

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     model = LambdaViTForImageClassification.from_pretrained(arguments.model).eval()
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
+    model.prepare_for_inference()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     images = None
     if arguments.dataset_name or arguments.dataset_dir:
