@@ -210,8 +210,8 @@ class EmaCallback(TrainerCallback, ExportableState):
 
     def _prepare_evaluation(self, args, state, control, model, default_flow) -> None:
         # The callback that decides on evaluations may come after this one: ask it now, on a copy of `control`.
-        if control.should_training_stop and not control.should_evaluate:
-            return  # called off by one that ends the run, and stands before this one
+        if control.should_training_stop and state.global_step < state.max_steps and not control.should_evaluate:
+            return  # called off by one that ends the run early, and stands before this one
         will_evaluate = default_flow(args, state, copy.copy(control)).should_evaluate
         if will_evaluate and self.use_for_evaluation and self._raw_weights is None:
             self._put_average_into(model)

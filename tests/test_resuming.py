@@ -18,7 +18,7 @@ EVERYTHING = """
 --random_shift 0 --random_resized_crop true --auto_augment rand-m9-mstd0.5-inc1 --random_erasing 0.25
 --mixup 0.8 --cutmix 1.0 --label_smoothing_factor 0.1 --drop_path_rate 0.1 --ema_decay 0.5
 --distillation soft --min_learning_rate 1e-5 --warmup_epochs 0.5 --learning_rate_batch_size 512 --learning_rate 4e-3
---base_num_train_epochs 0.3 --save_steps 3
+--base_num_train_epochs 0.3 --save_steps 3 --warmup_steps 0
 """.split()
 IN_MAP_STYLE = ["--repeated_augmentation", "3"]
 STREAMED = ["--streaming", "true", "--shuffle_buffer_size", "50"]
