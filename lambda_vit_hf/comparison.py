@@ -59,9 +59,14 @@ class BaseModel:
             self.model, self.calibration, num_layers, strategy=strategy, seed=self.seed, disable_tqdm=True, **choices
         )
 
-    def after_removal(self, layers: list[int]) -> dict[str, float]:
-        """Top-1 right after these layers are taken out, under both masks."""
-        return {f"top1_{mask}": masked_top1(self.model, self.validation, [layers], mask)[0] for mask in MASKS}
+    def add_top1(self, runs: list[dict]) -> list[dict]:
+        """To each run, top-1 right after its layers are taken out, under both masks: each set once, in one pass."""
+        sets = {tuple(run["layers"]): None for run in runs}
+        for mask in MASKS:
+            top1 = dict(zip(sets, masked_top1(self.model, self.validation, list(sets), mask), strict=True))
+            for run in runs:
+                run[f"top1_{mask}"] = top1[tuple(run["layers"])]
+        return runs
 
     def compare_strategies(self, strategies: Sequence[str], numbers: Sequence[int]) -> list[dict]:
         """Every strategy at every number of removed layers: layers, transfer entropy (nats), top-1 right after."""
@@ -73,9 +78,8 @@ class BaseModel:
                     "seed": self.seed, "strategy": strategy, "num_removed": num_layers,
                     "layers": selection.layers, "order": selection.order,
                     "transfer_entropy": selection.transfer_entropy, "top1_before": self.top1,
-                    **self.after_removal(selection.layers),
                 })  # fmt: skip
-        return runs
+        return self.add_top1(runs)
 
     def try_choices(self, numbers: Sequence[int]) -> list[dict]:
         """What NOSE picks under each of `OPEN_CHOICES`, and top-1 right after."""
@@ -88,9 +92,8 @@ class BaseModel:
                 runs.append({
                     "seed": self.seed, "num_removed": num_layers, **choice, "layers": layers,
                     "order": selection.order[:num_layers], "transfer_entropy": step.transfer_entropy[step.picked],
-                    **self.after_removal(layers),
                 })  # fmt: skip
-        return runs
+        return self.add_top1(runs)
 
     def try_random_sets(self, num_layers: int, num_sets: int) -> dict:
         """Transfer entropy (nats) of random sets, their loss of top-1 right after removal, and how the two agree."""
@@ -166,11 +169,14 @@ class Experiment:
         return BaseModel(model.to(self.training_args.device), pixel_values, images.evaluation, seed)
 
     def dilute(self, layers: list[int], seed: int, checkpoint: str | None = None) -> float:
-        """Top-1 of the removed model after the recipe's training, from the base model of a seed."""
+        """
+        Top-1 of the removed model after the recipe's training, from the base model of a seed. With no layers: of the
+        whole model after the same training, which tells what the training alone does.
+        """
         set_seed(seed)
         model, processor, _ = self._start(seed, checkpoint)
         how = {name: getattr(self.removal_args, name) for name in ("schedule", "hold_share", "granularity", "fold")}
-        callbacks = [EntropyGuidedRemovalCallback(layers=layers, **how)]
+        callbacks = [EntropyGuidedRemovalCallback(layers=layers, **how)] if layers else []
         epochs, learning_rate = self.training_args.num_train_epochs, self.training_args.learning_rate
         top1 = self._train(model, processor, seed, callbacks, epochs, learning_rate)
         if model.config.removed_layers != sorted(layers):

@@ -14,13 +14,6 @@ OUTPUTS = ("class_head", "class_token", "token_mean")
 MASKS = ("skip", "identity")
 
 
-def count_blocks(sets: Iterable[Iterable[int]], num_layers: int) -> int:
-    """Blocks that [`MaskedForward`] computes for these sets, each shared beginning once; a masked block is one too."""
-    sets = {frozenset(layers) for layers in sets}
-    # A block is computed once for each way to mask the layers up to and including it.
-    return sum(len({one & frozenset(range(index + 1)) for one in sets}) for index in range(num_layers))
-
-
 class MaskedForward:
     """
     Outputs of a model for one batch and many sets of masked attention layers.

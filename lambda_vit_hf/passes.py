@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ class CalibrationPasses:
         model ([`LambdaViTPreTrainedModel`]): in eval mode.
         batches ([`CalibrationBatches`]): the images.
         disable_tqdm (`bool`): no progress bar; there is one on the first process only.
-        autocast_dtype (`torch.dtype`, *optional*): for [`~CalibrationPasses.autocast`].
+        autocast_dtype (`torch.dtype`, *optional*): to compute in, under autocast.
     """
 
     def __init__(
@@ -31,15 +31,19 @@ class CalibrationPasses:
         self.disable_tqdm, self.autocast_dtype = disable_tqdm, autocast_dtype
         self._same_images = SameImages(batches.num_folds)
 
-    def read(
-        self, description: str, folds: Sequence[int] | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def for_each_batch(
+        self,
+        function: Callable[[torch.Tensor, torch.Tensor], None],
+        description: str,
+        folds: Sequence[int] | None = None,
+    ) -> None:
         """
-        Yields own batches `(batch, channels, height, width)` of some folds, or of all images, on the model's device
-        and in its dtype, with the fold of each image, `(batch,)`.
+        Hand `function` own batches `(batch, channels, height, width)` of some folds, or of all images, on the model's
+        device and in its dtype, with the fold of each image, `(batch,)`. It runs under `autocast_dtype`.
 
         Raises:
             ValueError: after the last batch, if the images were not the same as at an earlier reading.
+            RuntimeError: if it failed in another process.
         """
         rank, num_processes = rank_and_num_processes()
         folds = range(self.batches.num_folds) if folds is None else folds
@@ -47,16 +51,20 @@ class CalibrationPasses:
         expected = round(self.batches.num_images * share) or None
         hidden = self.disable_tqdm or rank > 0
         self._same_images.forget()
-        with tqdm(desc=description, total=expected, unit="image", leave=False, disable=hidden) as bar:
+        with (
+            fail_together(description),
+            tqdm(desc=description, total=expected, unit="image", leave=False, disable=hidden) as bar,
+        ):
             for pixel_values, of_images in self.batches.read(folds, rank, num_processes):
                 self._same_images.add(pixel_values, of_images)
-                yield pixel_values.to(self.model.device, self.model.dtype), of_images
+                with self._autocast():
+                    function(pixel_values.to(self.model.device, self.model.dtype), of_images)
                 bar.update(len(pixel_values))
         self._same_images.sums = sum_over_processes(self._same_images.sums)
         self._same_images.check(folds)
 
-    def autocast(self):
-        """Context in which the model computes in `autocast_dtype`; float64 stays as it is."""
+    def _autocast(self):
+        # float64 stays as it is.
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, self.autocast_dtype)
@@ -66,16 +74,18 @@ class CalibrationPasses:
         layers = self.model.encoder_layers
         attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
         mlp = [GaussianEntropy() for _ in layers]
-        for pixel_values, _ in self.read("layer entropies"):
-            with self.autocast():
-                hidden_states = self.model.base_model.embeddings(pixel_values)
-                for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
-                    if of_attention is not None:
-                        of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
-                    hidden_states = layer.mix_tokens(hidden_states)
-                    branch = layer.mlp(layer.layernorm_after(hidden_states))
-                    of_mlp.update(branch)
-                    hidden_states = hidden_states + branch
+
+        def measure(pixel_values: torch.Tensor, of_images: torch.Tensor) -> None:
+            hidden_states = self.model.base_model.embeddings(pixel_values)
+            for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
+                if of_attention is not None:
+                    of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
+                hidden_states = layer.mix_tokens(hidden_states)
+                branch = layer.mlp(layer.layernorm_after(hidden_states))
+                of_mlp.update(branch)
+                hidden_states = hidden_states + branch
+
+        self.for_each_batch(measure, "layer entropies")
         merge_across_processes([*(one for one in attention if one is not None), *mlp])
         shifts = self._shifts_of_folding()
         return (
@@ -99,18 +109,44 @@ class CalibrationPasses:
         """
         layers = self.model.encoder_layers
         sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
-        for pixel_values, _ in self.read("attention influence"):
-            with self.autocast():
-                hidden_states = self.model.base_model.embeddings(pixel_values)
-                sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
-                for index, layer in enumerate(layers):
-                    mixed = layer.mix_tokens(hidden_states)
-                    cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
-                    sums[index] += (1 - cosine).sum().cpu()
-                    hidden_states = layer.feed_forward(mixed)
+
+        def measure(pixel_values: torch.Tensor, of_images: torch.Tensor) -> None:
+            hidden_states = self.model.base_model.embeddings(pixel_values)
+            sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
+            for index, layer in enumerate(layers):
+                mixed = layer.mix_tokens(hidden_states)
+                cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
+                sums[index] += (1 - cosine).sum().cpu()
+                hidden_states = layer.feed_forward(mixed)
+
+        self.for_each_batch(measure, "attention influence")
         sums = sum_over_processes(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         return [None if layer.attention is None else mean for layer, mean in zip(layers, means, strict=True)]
+
+
+@contextlib.contextmanager
+def fail_together(description: str) -> Iterator[None]:
+    """
+    An error in one process of torch's default group is one in all of them; the others would wait for it forever.
+
+    Raises:
+        RuntimeError: if only another process failed; it names that process and its error.
+    """
+    own_error = None
+    try:
+        yield
+    except Exception as error:
+        own_error = error
+    num_processes = rank_and_num_processes()[1]
+    messages = [None] * num_processes
+    if num_processes > 1:
+        dist.all_gather_object(messages, own_error and f"{type(own_error).__name__}: {own_error}")
+    if own_error is not None:
+        raise own_error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"Process {rank} failed during {description}: {message}")
 
 
 def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from .entropy import GaussianEntropy, merge_across_processes
 from .masking import MaskedForward
 from .passes import CalibrationPasses, sum_over_processes
-from .stability import draw_folds, resampled_transfer_entropy, share_picked
+from .stability import draw_folds, may_be_least, resampled_transfer_entropy, share_picked
 
 
 COMPARISONS = ("magnitude", "value")
@@ -92,6 +92,11 @@ class AttentionSearch:
         return self.passes.batches.num_images
 
     @property
+    def has_positions(self) -> bool:
+        """Whether some of the images can be read without the others; not so for a stream."""
+        return self.passes.batches.has_positions
+
+    @property
     def block_evaluations(self) -> float:
         """Blocks computed so far by this and all other processes, per calibration image."""
         blocks = sum_over_processes(torch.tensor(self._forward.blocks)).item()
@@ -161,38 +166,18 @@ class AttentionSearch:
         """The layers in `order` with each other candidate: what one step of a search compares."""
         return {layer: frozenset([*order, layer]) for layer in self.candidates if layer not in order}
 
-    def step(self, order: Sequence[int], folds: Sequence[int] | None = None) -> dict[int, float]:
-        """TE, in nats, of the layers in `order` with each other candidate; over some folds, or all images."""
-        folds = self._all_folds if folds is None else folds
+    def unknown(self, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+        """Those of `sets` that are not measured yet on all images."""
+        everything = set(self._all_folds)
+        return [one for one in dict.fromkeys(sets) if not everything <= self._measured_folds.get(one, set())]
+
+    def step(self, order: Sequence[int], layers: Iterable[int] | None = None) -> dict[int, float]:
+        """TE, in nats, of the layers in `order` with each of `layers` (by default each other candidate)."""
         sets = self.sets_with(order)
-        self.measure(sets.values(), folds)
-        weights = torch.zeros(1, len(self._all_folds), dtype=torch.float64)
-        weights[0, list(folds)] = 1
-        weights = None if len(folds) == len(self._all_folds) else weights
-        unmasked = self._moments[frozenset()].values(weights).item()
-        return {layer: unmasked - self._moments[one].values(weights).item() for layer, one in sets.items()}
-
-    def resampled_step(self, order: Sequence[int], folds: Sequence[int] | None = None) -> torch.Tensor | None:
-        """[`~AttentionSearch.step`] over resamples of the images, `(resamples, candidates)`; `None` if not known."""
-        folds = self._all_folds if folds is None else folds
-        sets = list(self.sets_with(order).values())
-        if self.unknown(sets, folds):
-            return None
-        unmasked = self._moments[frozenset()]
-        weights = draw_folds(unmasked.counts, folds)
-        if weights is None:
-            return None
-        return resampled_transfer_entropy(unmasked, [self._moments[one] for one in sets], weights)
-
-    def share_picked(self, resampled: torch.Tensor, order: Sequence[int], picked: int) -> float:
-        """Share of the resamples of [`~AttentionSearch.resampled_step`] in which the same layer is picked."""
-        position = list(self.sets_with(order)).index(picked)
-        return share_picked(resampled, position, self.compare == "magnitude")
-
-    def unknown(self, sets: Iterable[frozenset[int]], folds: Sequence[int] | None = None) -> list[frozenset[int]]:
-        """Those of `sets` that are not measured yet on some of these folds, or of all."""
-        folds = set(self._all_folds if folds is None else folds)
-        return [one for one in dict.fromkeys(sets) if not folds <= self._measured_folds.get(one, set())]
+        sets = sets if layers is None else {layer: sets[layer] for layer in layers}
+        self.measure(sets.values())
+        unmasked = self.output_entropy
+        return {layer: unmasked - self._moments[one].value() for layer, one in sets.items()}
 
     def least(self, transfer_entropy: dict[int, float]) -> int:
         """The candidate with the least transfer entropy; ties: the lowest layer."""
@@ -201,12 +186,29 @@ class AttentionSearch:
     def pick(self, selected: Sequence[int], transfer_entropy: dict[int, float]) -> int:
         """The candidate with the least transfer entropy; the step is recorded, with its stability where known."""
         step = SelectionStep(sorted(selected), transfer_entropy, self.least(transfer_entropy))
-        resampled = self.resampled_step(selected)
+        sets = self.sets_with(selected)
+        resampled = None if self.unknown(sets.values()) else self._resampled(list(sets.values()), self._all_folds)
         if resampled is not None:
-            step.stability = self.share_picked(resampled, selected, step.picked)
-            step.standard_error = resampled[:, list(self.sets_with(selected)).index(step.picked)].std().item()
+            position = list(sets).index(step.picked)
+            step.stability = share_picked(resampled, position, self.compare == "magnitude")
+            step.standard_error = resampled[:, position].std().item()
         self.steps.append(step)
         return step.picked
+
+    def in_the_running(self, order: Sequence[int], layers: Sequence[int], folds: Sequence[int]) -> list[int]:
+        """Those of `layers` that all images may yet pick after `order`, judged by some folds of them."""
+        sets = [self.sets_with(order)[layer] for layer in layers]
+        self.measure(sets, folds)
+        resampled = self._resampled(sets, folds)
+        if resampled is None:
+            return list(layers)
+        whole = torch.zeros(1, len(self._all_folds), dtype=torch.float64)
+        whole[0, list(folds)] = 1
+        unmasked = self._moments[frozenset()]
+        (measured,) = resampled_transfer_entropy(unmasked, [self._moments[one] for one in sets], whole)
+        share = len(folds) / len(self._all_folds)
+        keep = may_be_least(measured, resampled, self.compare == "magnitude", len(folds), share)
+        return [layer for layer, may_be in zip(layers, keep.tolist(), strict=True) if may_be]
 
     def measure_pairs(self) -> list[list[float | None]]:
         """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
@@ -226,11 +228,20 @@ class AttentionSearch:
     def _all_folds(self) -> range:
         return range(self.passes.batches.num_folds)
 
+    def _resampled(self, sets: Sequence[frozenset[int]], folds: Sequence[int]) -> torch.Tensor | None:
+        # TE of each set over resamples of some folds, (resamples, sets); None if too few folds have images.
+        unmasked = self._moments[frozenset()]
+        weights = draw_folds(unmasked.counts, folds)
+        if weights is None:
+            return None
+        return resampled_transfer_entropy(unmasked, [self._moments[one] for one in sets], weights)
+
     def _pass(self, sets: Sequence[frozenset[int]], folds: Sequence[int], estimates: list[GaussianEntropy]) -> None:
-        for pixel_values, of_images in self.passes.read(f"transfer entropy of {len(sets)} sets", folds):
-            with self.passes.autocast():
-                for positions, features in self._forward(pixel_values, sets):
-                    for position in positions:
-                        estimate = estimates[position]
-                        estimate.update(features, of_images if estimate.num_folds > 1 else None)
+        def measure(pixel_values: torch.Tensor, of_images: torch.Tensor) -> None:
+            for positions, features in self._forward(pixel_values, sets):
+                for position in positions:
+                    estimate = estimates[position]
+                    estimate.update(features, of_images if estimate.num_folds > 1 else None)
+
+        self.passes.for_each_batch(measure, f"transfer entropy of {len(sets)} sets", folds)
         merge_across_processes(estimates)

@@ -6,67 +6,60 @@ A strategy is a function from an [`AttentionSearch`] to layers, in the order pic
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from .masking import count_blocks
 from .search import AttentionSearch
 
 
 MOST_SETS = 5000
-GUESS_FOLDS = range(4)
-FEWEST_IMAGES = 256  # to guess from an eighth of them
+RACE_FOLDS = (range(4), range(8), range(16), range(24))  # of 32
+FEWEST_IMAGES = 128  # for a race that starts on an eighth of them
 
 
 def nose(search: AttentionSearch) -> list[int]:
     """
     Entropy-based selection (paper, algorithm 1): greedy, least transfer entropy of the whole set at each step.
 
-    The way is guessed on an eighth of the images. A pass over all images then measures later steps of the guess along
-    with the present one, where that is likely to save more than it costs: sets that share layers share blocks. Every
-    pick is made on all images, so the guess cannot change the choice.
+    The way is foreseen first, from the candidates that are in the running; what is left to measure along it, mostly of
+    candidates that are not, then takes one pass, in which the sets of all steps share blocks. Every pick is made on
+    all images and all candidates, so what was foreseen cannot change the choice, only its cost.
     """
-    guess, certainty = guess_order(search)
     order: list[int] = []
     while len(order) < search.num_layers:
-        search.measure(worth_measuring(search, order, guess, certainty))
+        way = foresee(search, order)
+        ahead = range(len(order), min(len(way) + 1, search.num_layers))
+        search.measure(one for position in ahead for one in search.sets_with(way[:position]).values())
         while len(order) < search.num_layers and not search.unknown(search.sets_with(order).values()):
             order.append(search.pick(order, search.step(order)))
     return order
 
 
-def guess_order(search: AttentionSearch) -> tuple[list[int], list[float]]:
-    """NOSE on `GUESS_FOLDS` folds, and how stable each pick is there; nothing where there are too few images."""
-    order: list[int] = []
-    certainty: list[float] = []
-    if not search.reuse_prefixes or search.num_images < FEWEST_IMAGES:
-        return order, certainty
-    while len(order) < search.num_layers:
-        layer = search.least(search.step(order, GUESS_FOLDS))
-        resampled = search.resampled_step(order, GUESS_FOLDS)
-        certainty.append(0.0 if resampled is None else search.share_picked(resampled, order, layer))
-        order.append(layer)
-    return order, certainty
+def foresee(search: AttentionSearch, order: Sequence[int]) -> list[int]:
+    """
+    `order`, gone on with by likely picks. Just `order` where there are too few images to foresee any, and for a
+    stream, of which each look at some images would read all.
+    """
+    way = list(order)
+    if not search.reuse_prefixes or not search.has_positions or search.num_images < FEWEST_IMAGES:
+        return way
+    while len(way) < search.num_layers:
+        way.append(likely_pick(search, way))
+    return way
 
 
-def worth_measuring(
-    search: AttentionSearch, order: list[int], guess: list[int], certainty: list[float]
-) -> list[frozenset[int]]:
+def likely_pick(search: AttentionSearch, order: Sequence[int]) -> int:
     """
-    The sets of the next step, and of steps after it that are worth measuring in the same pass: the blocks they add,
-    against those of a pass of their own times the probability that the search comes there.
+    The layer that a step of the search will most likely pick: a race, in which growing parts of the images, and all in
+    the end, measure ever fewer candidates. Nothing new is measured where all candidates are known.
     """
-    sets = list(search.sets_with(order).values())
-    if set(order) != set(guess[: len(order)]):
-        return sets
-    num_layers, probability = len(search.passes.model.encoder_layers), 1.0
-    for position in range(len(order) + 1, min(len(guess), search.num_layers)):
-        probability *= certainty[position - 1]
-        more = list(search.sets_with(guess[:position]).values())
-        now, then, alone = (count_blocks(search.unknown(some), num_layers) for some in (sets, [*sets, *more], more))
-        if then - now > probability * alone:
-            break
-        sets += more
-    return sets
+    if not search.unknown(search.sets_with(order).values()):
+        return search.least(search.step(order))
+    running = list(search.sets_with(order))
+    for folds in RACE_FOLDS:
+        running = search.in_the_running(order, running, folds)
+        if len(running) == 1:
+            return running[0]
+    return search.least(search.step(order, running))
 
 
 def beam(width: int = 4) -> Callable[[AttentionSearch], list[int]]:

@@ -1,12 +1,11 @@
 """Masked forward passes: the right outputs, each shared beginning computed once, and counted."""
 
 import itertools
-import random
 
 import pytest
 import torch
 
-from lambda_vit_hf.masking import MASKS, OUTPUTS, MaskedForward, count_blocks
+from lambda_vit_hf.masking import MASKS, OUTPUTS, MaskedForward
 
 from .numpy_vit import masked_output
 
@@ -39,27 +38,28 @@ def test_layers_removed_before_stay_removed(model, pixel_values):
 
 
 @torch.no_grad()
-def test_blocks_are_counted_as_they_are_computed(model, pixel_values):
+@pytest.mark.parametrize(
+    ("sets", "blocks"),
+    [
+        ([[]], 6),
+        ([[], [5]], 7),  # parts from the whole model at its last block
+        ([[], [0]], 12),  # at its first
+        ([[], [0], [0], [0, 5]], 13),
+        ([[0, 3], [1, 3], [3], [0], []], 6 + 6 + 5 + 2 * 3),
+        ([list(one) for size in range(7) for one in itertools.combinations(range(6), size)], 2 * (2**6 - 1)),
+    ],
+    ids=str,
+)
+def test_each_shared_beginning_is_computed_once(model, pixel_values, sets, blocks):
     computed = []
     for layer in model.encoder_layers:
         layer.mlp.register_forward_hook(lambda module, args, output: computed.append(len(output)))
-    sets = [[0, 3], [1, 3], [3], [0], []]
     reusing, naive = (MaskedForward(model, "token_mean", "skip", reuse) for reuse in (True, False))
     list(reusing(pixel_values, sets))
-    assert sum(computed) == reusing.blocks == 3 * count_blocks(sets, 6)
+    assert sum(computed) == reusing.blocks == 3 * blocks
     list(naive(pixel_values, sets))
     assert sum(computed) == reusing.blocks + naive.blocks
     assert naive.blocks == 3 * 6 * len(sets)
-
-
-def test_the_count_is_that_of_a_tree_of_decisions():
-    # By hand: one path of 6 blocks; [5] parts from it at its last block, [0] at its first.
-    assert count_blocks([[]], 6) == 6
-    assert count_blocks([[], [5]], 6) == 7
-    assert count_blocks([[], [0]], 6) == 12
-    assert count_blocks([[], [0], [0], [0, 5]], 6) == 13
-    everything = [chosen for size in range(5) for chosen in itertools.combinations(range(4), size)]
-    assert count_blocks(random.Random(0).sample(everything, 16), 4) == 2 + 4 + 8 + 16
 
 
 @torch.no_grad()

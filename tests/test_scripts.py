@@ -12,6 +12,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf.selection import AttentionSelection
 
+from .conftest import in_two_processes
+
 
 SCRIPTS = Path(__file__).parent.parent / "trainer_scripts"
 
@@ -63,6 +65,24 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
         PIL.Image.open(tmp_path / "out" / name).verify()
 
 
+def select_into(folder: str, model: str, rank: int) -> list[str]:
+    output_dir = Path(folder) / str(rank)
+    load("select_layers").main(
+        [model, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "20", "--batch_size", "7",
+         "--output_dir", str(output_dir)]
+    )  # fmt: skip
+    return sorted(path.name for path in output_dir.glob("*"))
+
+
+def test_of_several_processes_one_reports_what_all_selected(digits_vit, tmp_path):
+    found = in_two_processes(select_into, str(tmp_path), digits_vit)
+    assert found == [["entropy.png", "search.png", "selection.json"], []]
+    shared = AttentionSelection.load(tmp_path / "0" / "selection.json")
+    select_into(str(tmp_path), digits_vit, rank=2)
+    alone = AttentionSelection.load(tmp_path / "2" / "selection.json")
+    assert (shared.order, shared.num_images) == (alone.order, 20)
+
+
 def compare(folder: Path, *more: str) -> dict:
     small = [
         "--hidden_size", "16", "--num_hidden_layers", "3", "--num_attention_heads", "2", "--intermediate_size", "32",
@@ -87,7 +107,10 @@ def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tm
             run["top1_diluted"] == results["trainings"][f"seed {seed}, layers {run['layers'][0]}"]["top1"]
             for run in of_seed
         )
-    assert len(results["trainings"]) == len({(run["seed"], *run["layers"]) for run in results["runs"]})
+    chosen_sets = {(run["seed"], *run["layers"]) for run in results["runs"]}
+    assert len(results["trainings"]) == len(chosen_sets) + 2, "each set once, and the whole model once per seed"
+    for seed, control in enumerate(results["controls"]):
+        assert control["top1_diluted"] == results["trainings"][f"seed {seed}, layers none"]["top1"]
     first = next(row for row in results["table"] if row["strategy"] == "first")
     values = [run["top1_diluted"] for run in results["runs"] if run["strategy"] == "first"]
     assert first["top1_diluted"]["mean"] == pytest.approx(sum(values) / 2)

@@ -15,6 +15,7 @@ from lambda_vit_hf import LambdaViTForImageClassification, LambdaViTModel, selec
 from lambda_vit_hf.selection import AttentionSelection, count_layers
 from lambda_vit_hf.strategies import beam
 
+from .conftest import in_two_processes
 from .numpy_vit import entropy, masked_output
 
 
@@ -90,8 +91,8 @@ def test_comparing_by_value_takes_the_most_negative(model, images):
 
 
 @pytest.mark.parametrize("as_stream", [False, True], ids=["dataset", "stream"])
-def test_a_guess_on_some_of_the_images_does_not_change_the_answer(model, images, as_stream, monkeypatch):
-    # The guess is wrong here: noise decides on an eighth of so few images.
+def test_a_race_on_some_of_the_images_does_not_change_the_answer(model, images, as_stream, monkeypatch):
+    # The race goes wrong here: noise decides on an eighth of so few images. A stream is searched without.
     monkeypatch.setattr(strategies, "FEWEST_IMAGES", 1)
     model, images = model.double(), images.double()
     calibration = datasets.Dataset.from_dict({"pixel_values": images.numpy()}).with_format("torch")
@@ -366,31 +367,53 @@ def test_a_plain_vit_is_refused_with_a_hint(vit, images):
         select_attention_layers(vit, images, num_layers=1)
 
 
-def select_in_one_of_two_processes(rank, folder, images):
+def select_in_one_of_two_processes(folder: str, images: str, rank: int) -> list[dict]:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    strategies.FEWEST_IMAGES = 1
     model = LambdaViTForImageClassification.from_pretrained(folder).double()
     # A ragged share: 40 images in batches of 7 make 6 batches, the last of 5 images.
-    for strategy in ("nose", "cosine"):
-        selection = select_attention_layers(model, images, num_layers=3, strategy=strategy, batch_size=7)
-        selection.save(f"{folder}/{strategy}-{rank}.json")
-    torch.distributed.destroy_process_group()
+    return [
+        select_attention_layers(model, torch.load(images), num_layers=3, strategy=strategy, batch_size=7).to_dict()
+        for strategy in ("nose", "cosine")
+    ]
 
 
-def test_two_processes_select_what_one_does(model, images, tmp_path):
+def test_two_processes_select_what_one_does(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies, "FEWEST_IMAGES", 1)
     images = images.double()
     model.save_pretrained(tmp_path)
-    torch.multiprocessing.spawn(select_in_one_of_two_processes, (str(tmp_path), images), nprocs=2)
-    for strategy in ("nose", "cosine"):
+    torch.save(images, tmp_path / "images.pt")
+    both = in_two_processes(select_in_one_of_two_processes, str(tmp_path), str(tmp_path / "images.pt"))
+    for strategy, *found in zip(("nose", "cosine"), *both, strict=True):
         alone = select_attention_layers(model.double(), images, num_layers=3, strategy=strategy, batch_size=7)
-        first, second = (AttentionSelection.load(tmp_path / f"{strategy}-{rank}.json") for rank in (0, 1))
+        first, second = (AttentionSelection.from_dict(one) for one in found)
         assert first == second, "the processes disagree"
         assert first.order == alone.order
         assert first.attention_entropy == pytest.approx(alone.attention_entropy, rel=1e-9)
         assert first.transfer_entropy == pytest.approx(alone.transfer_entropy, rel=1e-9)
         assert first.num_images == alone.num_images == 40
+        assert first.block_evaluations == alone.block_evaluations
         for ours, expected in zip(first.steps, alone.steps, strict=True):
             assert ours.transfer_entropy == pytest.approx(expected.transfer_entropy, rel=1e-9)
+
+
+def meet_a_nan_in_the_second_process(folder: str, rank: int) -> str:
+    torch.distributed.init_process_group("gloo")
+    model = LambdaViTForImageClassification.from_pretrained(folder)
+    images = torch.zeros(8, 3, 16, 16)
+    images[5] = torch.nan  # the second batch is the second process's
+    try:
+        select_attention_layers(model, images, num_layers=1, batch_size=4, disable_tqdm=True)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_an_error_in_one_process_is_one_in_all(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    first, second = in_two_processes(meet_a_nan_in_the_second_process, str(tmp_path))
+    assert second.startswith("ValueError: Features are NaN or infinite")
+    assert first.startswith("RuntimeError: Process 1 failed during layer entropies: ValueError: Features are NaN")
 
 
 @pytest.mark.parametrize("answer", [[0, 0], [0], [0, 1, 2], [0, 9]], ids=str)

@@ -1,4 +1,4 @@
-"""Compare ways of choosing layers: same base models, same training, several seeds; print the table, save the figures.
+"""Compare ways of choosing layers: same base models, same training, several seeds; print tables, save the figures.
 
     python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml --num_train_epochs 8
     python trainer_scripts/compare_selections.py trainer_scripts/recipes/digits.yaml --seeds 0 1 --num_removed 3 6 \
@@ -8,9 +8,9 @@
         --strategies nose cosine first last random --output_dir outputs/fashion_mnist_comparison
 
 For each seed: a base model, trained by the recipe or given; every strategy at every number of removed layers, with its
-transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once);
-what NOSE picks under each of its open choices; and random sets, to see how well transfer entropy foretells the loss of
-accuracy. Every other option goes to the recipe, as with train.py.
+transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once; the
+whole model too, for as long: the control); what NOSE picks under each of its open choices; and random sets, to see how
+well transfer entropy foretells the loss of accuracy. Every other option goes to the recipe, as with train.py.
 
 Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 
 
 STRATEGIES = ["nose", "exhaustive", "beam", "lowest_entropy", "cosine", "first", "last", "random"]
+CHOICE = ("output", "mask", "compare")
 MEASURED = ("transfer_entropy", "top1_before", "top1_skip", "top1_identity", "top1_diluted")
 
 
@@ -83,19 +84,23 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     def save() -> None:
-        results["table"] = tabulate(results.get("runs", []))
+        whole = [run | {"num_removed": 0, "strategy": "control"} for run in results.get("controls", [])]
+        results["table"] = tabulate([*whole, *results.get("runs", [])])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     measure(results, options, experiment, checkpoints, save)
     train(results, options, experiment, checkpoints, save)
-    print_table(results["table"])
+    print_strategies(results["table"])
+    print_choices(results["choices"])
+    print_correlations(results["random_sets"])
     print(f"\nFigures in {path}")
 
 
 def measure(results: dict, options, experiment, checkpoints: dict, save) -> None:
     """All that needs no training; a seed is measured once."""
     results.setdefault("runs", [])
+    results.setdefault("controls", [])
     results.setdefault("choices", [])
     results.setdefault("random_sets", [])
     done = {run["seed"] for run in results["runs"]}
@@ -109,6 +114,7 @@ def measure(results: dict, options, experiment, checkpoints: dict, save) -> None
         if options.random_sets:
             for num_layers in sorted({min(options.num_removed), max(options.num_removed)}):
                 random_sets.append(base.try_random_sets(num_layers, options.random_sets))
+        results["controls"].append({"seed": seed, "layers": [], "top1_before": base.top1})
         results["runs"] += runs
         results["choices"] += choices
         results["random_sets"] += random_sets
@@ -116,12 +122,12 @@ def measure(results: dict, options, experiment, checkpoints: dict, save) -> None
 
 
 def train(results: dict, options, experiment, checkpoints: dict, save) -> None:
-    """Dilution of every set of layers that was chosen, each once per seed."""
-    wanted = list(results["runs"])
+    """Dilution of every set of layers that was chosen, each once per seed; and of none, to compare with."""
+    wanted = [*results["controls"], *results["runs"]]
     if options.train_choices:
         wanted += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
     for number, run in enumerate(wanted, 1):
-        key = f"seed {run['seed']}, layers {' '.join(map(str, run['layers']))}"
+        key = f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
         if key not in results["trainings"]:
             start = time.monotonic()
             top1 = experiment.dilute(run["layers"], run["seed"], checkpoints[run["seed"]])
@@ -146,17 +152,47 @@ def tabulate(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def print_table(rows: list[dict]) -> None:
+def print_strategies(rows: list[dict]) -> None:
     print("\n| removed | strategy | TE (nats) | top-1 before (%) | skipped (%) | doubled (%) | diluted (%) | layers |")
     print(f"|{'---|' * 8}")
     for row in rows:
-        cells = [str(row["num_removed"]), row["strategy"]]
-        for name in MEASURED:
-            scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
-            mean, deviation = (scale * row[name][key] if name in row else 0.0 for key in ("mean", "deviation"))
-            cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}" if name in row else "")
+        cells = [str(row["num_removed"]), row["strategy"], *(format_cell(row, name) for name in MEASURED)]
         cells.append("; ".join(" ".join(map(str, chosen)) for chosen in row["layers"]))
         print(f"| {' | '.join(cells)} |")
+
+
+def format_cell(row: dict, name: str) -> str:
+    if name not in row:
+        return ""
+    scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
+    return f"{scale * row[name]['mean']:.{digits}f} ± {scale * row[name]['deviation']:.{digits}f}"
+
+
+def print_choices(choices: list[dict]) -> None:
+    """What NOSE picks under each open choice."""
+    named = [{**run, "strategy": " | ".join(run[name] for name in CHOICE)} for run in choices]
+    print("\n| removed | output | mask | compare | TE (nats) | skipped (%) | doubled (%) | diluted (%) | layers |")
+    print(f"|{'---|' * 9}")
+    for row in tabulate(named):
+        cells = [str(row["num_removed"]), row["strategy"]]
+        cells += [format_cell(row, name) for name in MEASURED if name != "top1_before"]
+        cells.append("; ".join(" ".join(map(str, chosen)) for chosen in row["layers"]))
+        print(f"| {' | '.join(cells)} |")
+
+
+def print_correlations(random_sets: list[dict]) -> None:
+    """Rank correlation of TE with the loss of top-1 over random sets, doubled: mean over seeds (least to most)."""
+    print("\n| removed | output | mask | compare | all sets | without the layer that costs most |")
+    print(f"|{'---|' * 6}")
+    for number in sorted({tried["num_removed"] for tried in random_sets}):
+        of_seeds = [tried["correlations"] for tried in random_sets if tried["num_removed"] == number]
+        for same in zip(*of_seeds, strict=True):
+            cells = [str(number), *(same[0][name] for name in CHOICE)]
+            for name in ("with_loss_identity", "with_loss_identity_without_worst"):
+                known = [one[name] for one in same if one[name] is not None]
+                span = f"{statistics.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else ""
+                cells.append(span)
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

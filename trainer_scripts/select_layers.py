@@ -3,6 +3,7 @@
     python trainer_scripts/select_layers.py outputs/digits/base --dataset_name digits --num_layers 6
     python trainer_scripts/select_layers.py facebook/deit-base-patch16-224 --dataset_dir path/to/images --ratio 0.4 \
         --output_dir outputs/selection
+    accelerate launch trainer_scripts/select_layers.py ...  # several processes share the images
 
 Needs no training. Leaves in OUTPUT_DIR: selection.json, with all raw figures; entropy.png, the entropy of attention
 and MLP by depth; search.png, the transfer entropy of every candidate at every step; with --pairs also pairs.png.
@@ -40,17 +41,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
 
     import torch
+    from accelerate import PartialState
     from torch.utils.data import Subset
     from transformers import AutoImageProcessor
 
     from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
     from lambda_vit_hf.calibration import evenly_spaced
     from lambda_vit_hf.data import ProcessedImages
-    from lambda_vit_hf.plotting import plot_layer_entropies, plot_pairs, plot_search
     from lambda_vit_hf.sources import load_image_dataset
 
     model = LambdaViTForImageClassification.from_pretrained(arguments.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    model.to(state.device)
     images = load_image_dataset(arguments.dataset_name, arguments.dataset_dir)["train"]
     images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
     selection = select_attention_layers(
@@ -66,15 +68,23 @@ def main(argv: list[str] | None = None) -> None:
         autocast_dtype=getattr(torch, arguments.autocast) if arguments.autocast else None,
         pairs=arguments.pairs,
     )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    selection.save(arguments.output_dir / "selection.json")
-    plot_layer_entropies(selection, arguments.output_dir / "entropy.png")
+    if state.is_main_process:
+        report(selection, arguments.output_dir)
+    state.destroy_process_group()
+
+
+def report(selection, output_dir: Path) -> None:
+    from lambda_vit_hf.plotting import plot_layer_entropies, plot_pairs, plot_search
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    selection.save(output_dir / "selection.json")
+    plot_layer_entropies(selection, output_dir / "entropy.png")
     if selection.steps:
-        plot_search(selection, arguments.output_dir / "search.png")
+        plot_search(selection, output_dir / "search.png")
     if selection.pair_transfer_entropy:
-        plot_pairs(selection, arguments.output_dir / "pairs.png")
+        plot_pairs(selection, output_dir / "pairs.png")
     print_selection(selection)
-    print(f"selection.json and pictures are in {arguments.output_dir}")
+    print(f"selection.json and pictures are in {output_dir}")
 
 
 def print_selection(selection) -> None:
