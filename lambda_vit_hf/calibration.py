@@ -89,7 +89,8 @@ class CalibrationBatches:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """
         Yields batches `(batch, channels, height, width)` of the images of some folds, with the fold of each image,
-        `(batch,)`. Of several processes each gets every `num_processes`-th batch; the last one may be ragged.
+        `(batch,)`. Of several processes each gets every `num_processes`-th batch; the last one may be ragged. Where
+        images have positions, batches are small enough to go round.
         """
         with fixed_randomness(0), _generators_put_back(self.images):
             if self.has_positions:
@@ -103,7 +104,8 @@ class CalibrationBatches:
 
     def _read_positions(self, folds: Sequence[int], rank: int, num_processes: int) -> Iterator:
         positions = [n for n in range(self.num_images) if n % self.num_folds in folds]
-        batches = [positions[start : start + self.batch_size] for start in range(0, len(positions), self.batch_size)]
+        size = min(self.batch_size, -(-len(positions) // num_processes) or 1)  # of few images each process gets some
+        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
         batches = batches[rank::num_processes]
         if isinstance(self.images, torch.Tensor):
             read = (self.images[batch] for batch in batches)

@@ -149,6 +149,15 @@ def fail_together(description: str) -> Iterator[None]:
             raise RuntimeError(f"Process {rank} failed during {description}: {message}")
 
 
+def same_on_every_process(value):
+    """That of the first process: rounding may differ between processes' hardware, what they do next must not."""
+    if rank_and_num_processes()[1] == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
 def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
     """Sum over torch's default process group, in rank order: the same on each process."""
     num_processes = rank_and_num_processes()[1]

@@ -13,7 +13,7 @@ import torch
 
 from .entropy import GaussianEntropy, merge_across_processes
 from .masking import MaskedForward
-from .passes import CalibrationPasses, sum_over_processes
+from .passes import CalibrationPasses, same_on_every_process, sum_over_processes
 from .stability import draw_folds, may_be_least, resampled_transfer_entropy, share_picked
 
 
@@ -181,7 +181,9 @@ class AttentionSearch:
 
     def least(self, transfer_entropy: dict[int, float]) -> int:
         """The candidate with the least transfer entropy; ties: the lowest layer."""
-        return min(sorted(transfer_entropy), key=lambda layer: self.size(transfer_entropy[layer]))
+        return same_on_every_process(
+            min(sorted(transfer_entropy), key=lambda layer: self.size(transfer_entropy[layer]))
+        )
 
     def pick(self, selected: Sequence[int], transfer_entropy: dict[int, float]) -> int:
         """The candidate with the least transfer entropy; the step is recorded, with its stability where known."""
@@ -208,7 +210,7 @@ class AttentionSearch:
         (measured,) = resampled_transfer_entropy(unmasked, [self._moments[one] for one in sets], whole)
         share = len(folds) / len(self._all_folds)
         keep = may_be_least(measured, resampled, self.compare == "magnitude", len(folds), share)
-        return [layer for layer, may_be in zip(layers, keep.tolist(), strict=True) if may_be]
+        return same_on_every_process([layer for layer, may_be in zip(layers, keep.tolist(), strict=True) if may_be])
 
     def measure_pairs(self) -> list[list[float | None]]:
         """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""

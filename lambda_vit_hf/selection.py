@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .calibration import CalibrationBatches
 from .entropy import SMALLEST_SIGMA
 from .masking import MASKS, OUTPUTS
 from .modeling_lambda_vit import LambdaViTPreTrainedModel
-from .passes import CalibrationPasses, rank_and_num_processes
+from .passes import CalibrationPasses, rank_and_num_processes, same_on_every_process
 from .search import COMPARISONS, NUM_FOLDS, AttentionSearch, SelectionStep
 from .strategies import STRATEGIES
 
@@ -206,6 +205,7 @@ def select_attention_layers(
 
     Raises:
         ValueError: on an empty calibration set, an impossible number of layers, or an unknown option.
+        RuntimeError: if a pass over the images failed in another process.
     """
     if not isinstance(model, LambdaViTPreTrainedModel):
         raise ValueError(f"Expected a LambdaViT model, got {type(model).__name__}: load it with LambdaViT's classes.")
@@ -221,7 +221,7 @@ def select_attention_layers(
     model.eval()
     try:
         search.measure_layers()
-        order = _same_on_every_process([int(layer) for layer in choose(search)])
+        order = same_on_every_process([int(layer) for layer in choose(search)])
         _check_order(order, num_layers, search.candidates)
         blocks = search.block_evaluations
         naive_blocks = search.naive_block_evaluations if blocks else 0
@@ -272,12 +272,3 @@ def _warn_of_weak_evidence(search: AttentionSearch, num_images: int) -> None:
 def _check_order(order: list[int], num_layers: int, candidates: list[int]) -> None:
     if len(order) != num_layers or len(set(order)) != num_layers or not set(order) <= set(candidates):
         raise ValueError(f"The strategy gave {order}; expected {num_layers} different layers of {candidates}.")
-
-
-def _same_on_every_process(order: list[int]) -> list[int]:
-    # Rounding may differ between processes' hardware; a model must not.
-    if rank_and_num_processes()[1] > 1:
-        shared = [order]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
-    return order

@@ -13,6 +13,7 @@ from .entropy import GaussianEntropy
 
 NUM_RESAMPLES = 500
 STANDARD_ERRORS = 2.5
+NEAR = 2.0
 RARE = 0.05
 
 
@@ -68,8 +69,9 @@ def may_be_least(
     Which sets may have the least transfer entropy over all images, judged by a share of them.
 
     A set is out if it is more than `STANDARD_ERRORS` behind the best, of what the other images can still change in
-    their difference; or if it is so uncertain that it is not out by this, but comes near the best only by a rare
-    accident: with a probability below `RARE`. The limits are rules of thumb: no choice depends on them, only its cost.
+    their difference; or if it is so uncertain that it is not out by this, but comes within `NEAR` standard errors of
+    the best only by a rare accident, with a probability below `RARE`. The limits are rules of thumb: no choice depends
+    on them, only its cost.
 
     Args:
         measured (`torch.Tensor` of shape `(sets,)`): in nats, over the images that were looked at.
@@ -90,7 +92,7 @@ def may_be_least(
     # The error itself is known from few folds: Student's t in place of the normal distribution, to the first order.
     limit = STANDARD_ERRORS + (STANDARD_ERRORS**3 + STANDARD_ERRORS) / (4 * (num_folds - 1))
     is_near = compared - compared[best] <= limit * error_of_difference
-    within = compared[best] + 2 * errors[best]
+    within = compared[best] + NEAR * errors[best]
     normal = torch.distributions.Normal(measured, errors.clamp(min=torch.finfo(errors.dtype).tiny))
     probability = normal.cdf(within) - (normal.cdf(-within) if by_magnitude else 0.0)
     may_be = is_near & (probability >= RARE)

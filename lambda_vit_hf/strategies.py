@@ -8,11 +8,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from .search import AttentionSearch
+from .search import NUM_FOLDS, AttentionSearch
 
 
 MOST_SETS = 5000
-RACE_FOLDS = (range(4), range(8), range(16), range(24))  # of 32
+RACE_FOLDS = tuple(range(NUM_FOLDS * eighths // 8) for eighths in (1, 2, 4, 6))
 FEWEST_IMAGES = 128  # for a race that starts on an eighth of them
 
 
@@ -20,8 +20,8 @@ def nose(search: AttentionSearch) -> list[int]:
     """
     Entropy-based selection (paper, algorithm 1): greedy, least transfer entropy of the whole set at each step.
 
-    The way is foreseen first, from the candidates that are in the running; what is left to measure along it, mostly of
-    candidates that are not, then takes one pass, in which the sets of all steps share blocks. Every pick is made on
+    The way is foreseen first, from the candidates that are in the running. What is left to measure along it, mostly of
+    candidates that are not, is then measured for all steps at once, as their sets share blocks. Every pick is made on
     all images and all candidates, so what was foreseen cannot change the choice, only its cost.
     """
     order: list[int] = []
@@ -36,8 +36,8 @@ def nose(search: AttentionSearch) -> list[int]:
 
 def foresee(search: AttentionSearch, order: Sequence[int]) -> list[int]:
     """
-    `order`, gone on with by likely picks. Just `order` where there are too few images to foresee any, and for a
-    stream, of which each look at some images would read all.
+    `order`, gone on with by likely picks. Just `order` where there are too few images to foresee any, for the naive
+    search, and for what cannot be read in parts (a stream, a `DataLoader`): each part would take a whole reading.
     """
     way = list(order)
     if not search.reuse_prefixes or not search.has_positions or search.num_images < FEWEST_IMAGES:

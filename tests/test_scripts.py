@@ -120,7 +120,8 @@ def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tm
 
     again = compare(tmp_path, *chosen)
     assert "top-1" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
-    assert again["trainings"] == results["trainings"]
+    for name in ("trainings", "controls", "runs", "choices", "random_sets"):
+        assert again[name] == results[name]
     with pytest.raises(ValueError, match="other settings"):
         compare(tmp_path, "--seeds", "0", "--strategies", "nose")
 

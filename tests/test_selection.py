@@ -92,7 +92,7 @@ def test_comparing_by_value_takes_the_most_negative(model, images):
 
 @pytest.mark.parametrize("as_stream", [False, True], ids=["dataset", "stream"])
 def test_a_race_on_some_of_the_images_does_not_change_the_answer(model, images, as_stream, monkeypatch):
-    # The race goes wrong here: noise decides on an eighth of so few images. A stream is searched without.
+    # Noise decides on an eighth of so few images. A stream is searched without.
     monkeypatch.setattr(strategies, "FEWEST_IMAGES", 1)
     model, images = model.double(), images.double()
     calibration = datasets.Dataset.from_dict({"pixel_values": images.numpy()}).with_format("torch")

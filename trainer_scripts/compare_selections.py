@@ -93,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     train(results, options, experiment, checkpoints, save)
     print_strategies(results["table"])
     print_choices(results["choices"])
-    print_correlations(results["random_sets"])
+    if results["random_sets"]:
+        print_correlations(results["random_sets"])
     print(f"\nFigures in {path}")
 
 
 def measure(results: dict, options, experiment, checkpoints: dict, save) -> None:
     """All that needs no training; a seed is measured once."""
     results.setdefault("runs", [])
-    results.setdefault("controls", [])
     results.setdefault("choices", [])
     results.setdefault("random_sets", [])
     done = {run["seed"] for run in results["runs"]}
@@ -114,7 +114,6 @@ def measure(results: dict, options, experiment, checkpoints: dict, save) -> None
         if options.random_sets:
             for num_layers in sorted({min(options.num_removed), max(options.num_removed)}):
                 random_sets.append(base.try_random_sets(num_layers, options.random_sets))
-        results["controls"].append({"seed": seed, "layers": [], "top1_before": base.top1})
         results["runs"] += runs
         results["choices"] += choices
         results["random_sets"] += random_sets
@@ -123,6 +122,8 @@ def measure(results: dict, options, experiment, checkpoints: dict, save) -> None
 
 def train(results: dict, options, experiment, checkpoints: dict, save) -> None:
     """Dilution of every set of layers that was chosen, each once per seed; and of none, to compare with."""
+    before = {run["seed"]: run["top1_before"] for run in results["runs"]}
+    results["controls"] = [{"seed": seed, "layers": [], "top1_before": before[seed]} for seed in options.seeds]
     wanted = [*results["controls"], *results["runs"]]
     if options.train_choices:
         wanted += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
@@ -157,7 +158,7 @@ def print_strategies(rows: list[dict]) -> None:
     print(f"|{'---|' * 8}")
     for row in rows:
         cells = [str(row["num_removed"]), row["strategy"], *(format_cell(row, name) for name in MEASURED)]
-        cells.append("; ".join(" ".join(map(str, chosen)) for chosen in row["layers"]))
+        cells.append("; ".join(" ".join(map(str, chosen)) or "none" for chosen in row["layers"]))
         print(f"| {' | '.join(cells)} |")
 
 
