@@ -116,14 +116,44 @@ def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tm
     assert first["top1_diluted"]["mean"] == pytest.approx(sum(values) / 2)
     assert len(results["choices"]) == 2 * 12
     assert [tried["seed"] for tried in results["random_sets"]] == [0, 1]
-    assert "| 1 | first |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 1 | first |" in printed
+    assert printed.count("| 1 | class_head | skip | magnitude |") == 2, "one row of choices, one of correlations"
+    for choice in results["choices"]:  # what a strategy chose too was trained
+        training = results["trainings"].get(f"seed {choice['seed']}, layers {choice['layers'][0]}")
+        assert choice.get("top1_diluted") == (training and training["top1"])
+    assert any("top1_diluted" in choice for choice in results["choices"])
+
+
+def test_compare_selections_gives_no_mean_before_every_seed_has_its_figure():
+    runs = [{"num_removed": 1, "strategy": "last", "layers": [2], "top1_before": 0.9} for _ in range(2)]
+    runs[0]["top1_diluted"] = 0.8
+    (row,) = load("compare_selections").tabulate(runs)
+    assert row["top1_before"]["mean"] == pytest.approx(0.9)
+    assert "top1_diluted" not in row
+
+
+def test_compare_selections_goes_on_where_it_was(tmp_path, capsys):
+    chosen = ["--seeds", "0", "--strategies", "first"]
+    results = compare(tmp_path, *chosen)
+    capsys.readouterr()
 
     again = compare(tmp_path, *chosen)
-    assert "top-1" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
+    assert "seed 0" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
     for name in ("trainings", "controls", "runs", "choices", "random_sets"):
         assert again[name] == results[name]
     with pytest.raises(ValueError, match="other settings"):
         compare(tmp_path, "--seeds", "0", "--strategies", "nose")
+
+    # Stopped half-way, and by a version that knew no controls.
+    half = {**results, "trainings": {"seed 0, layers 0": results["trainings"]["seed 0, layers 0"]}}
+    del half["controls"]
+    (tmp_path / "runs.json").write_text(json.dumps(half))
+    completed = compare(tmp_path, *chosen)
+    printed = capsys.readouterr().out
+    assert "layers none: top-1" in printed and "layers 0: top-1" not in printed
+    assert [control["top1_before"] for control in completed["controls"]] == [results["runs"][0]["top1_before"]]
+    assert completed["trainings"]["seed 0, layers none"]["top1"] == results["trainings"]["seed 0, layers none"]["top1"]
 
 
 def test_compare_selections_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):

@@ -128,7 +128,7 @@ def train(results: dict, options, experiment, checkpoints: dict, save) -> None:
     if options.train_choices:
         wanted += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
     for number, run in enumerate(wanted, 1):
-        key = f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
+        key = name_training(run)
         if key not in results["trainings"]:
             start = time.monotonic()
             top1 = experiment.dilute(run["layers"], run["seed"], checkpoints[run["seed"]])
@@ -136,17 +136,25 @@ def train(results: dict, options, experiment, checkpoints: dict, save) -> None:
             print(f"{number} of {len(wanted)}: {key}: top-1 {top1:.4f}", flush=True)
         run["top1_diluted"] = results["trainings"][key]["top1"]
         save()
+    for run in results["choices"]:
+        if name_training(run) in results["trainings"]:  # a strategy chose the same layers
+            run["top1_diluted"] = results["trainings"][name_training(run)]["top1"]
+    save()
+
+
+def name_training(run: dict) -> str:
+    return f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
 
 
 def tabulate(runs: list[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds, of what every seed has."""
     rows = []
     for number, strategy in dict.fromkeys((run["num_removed"], run["strategy"]) for run in runs):
         same = [run for run in runs if (run["num_removed"], run["strategy"]) == (number, strategy)]
         row = {"num_removed": number, "strategy": strategy, "layers": [run["layers"] for run in same]}
         for name in MEASURED:
             values = [run[name] for run in same if name in run]
-            if values:
+            if len(values) == len(same):
                 deviation = statistics.stdev(values) if len(values) > 1 else 0.0
                 row[name] = {"mean": statistics.mean(values), "deviation": deviation}
         rows.append(row)
