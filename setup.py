@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 CORE = [
@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["lambda_vit_hf", "lambda_vit_hf.model_cards"],
+    packages=[*find_packages(include=["lambda_vit_hf", "lambda_vit_hf.*"]), "lambda_vit_hf.model_cards"],
     package_dir={"lambda_vit_hf.model_cards": "model_cards"},
     package_data={"lambda_vit_hf": ["py.typed"], "lambda_vit_hf.model_cards": ["*.jinja"]},
     install_requires=CORE,

@@ -12,16 +12,16 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .accounting import summarize
-from .checkpoints import find_resumable_checkpoint
-from .configuration_lambda_vit import LambdaViTConfig
-from .modeling_lambda_vit import (
+from .evaluation.accounting import summarize
+from .models.configuration_lambda_vit import LambdaViTConfig
+from .models.modeling_lambda_vit import (
     LambdaViTBackbone,
     LambdaViTForImageClassification,
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
 )
-from .selection import AttentionSelection, select_attention_layers
+from .selection.select import AttentionSelection, select_attention_layers
+from .training.checkpoints import find_resumable_checkpoint
 
 
 __version__ = "0.1.0"
@@ -34,10 +34,10 @@ AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImag
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
 _TRAINING = {
-    "EmaCallback": "ema",
-    "EntropyGuidedRemovalCallback": "callback",
-    "SaveOnSigterm": "guards",
-    "StopOnNonFiniteGradient": "guards",
+    "EmaCallback": "training.ema",
+    "EntropyGuidedRemovalCallback": "training.callback",
+    "SaveOnSigterm": "training.guards",
+    "StopOnNonFiniteGradient": "training.guards",
 }
 
 

@@ -84,8 +84,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
 
-    from lambda_vit_hf.benchmarking import environment_line
-    from lambda_vit_hf.contenders import Contest
+    from lambda_vit_hf.evaluation.throughput import environment_line
+    from lambda_vit_hf.export.contenders import Contest
 
     contest = Contest(
         size=arguments.size or ("base" if arguments.command == "inference" else "small"),
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_inference(arguments: argparse.Namespace, contest) -> tuple[dict, str]:
-    from lambda_vit_hf.inference_speed import inference_table, measure_inference
-    from lambda_vit_hf.speed_picture import plot_inference
+    from lambda_vit_hf.export.inference_speed import inference_table, measure_inference
+    from lambda_vit_hf.export.speed_picture import plot_inference
 
     names = arguments.contenders
     if names is None:
@@ -128,7 +128,7 @@ def run_inference(arguments: argparse.Namespace, contest) -> tuple[dict, str]:
 
 
 def read_labelled(arguments: argparse.Namespace, contest):
-    from lambda_vit_hf.evaluation import labelled_images
+    from lambda_vit_hf.evaluation.evaluate import labelled_images
 
     if contest.model is None:
         raise SystemExit("Accuracy needs trained weights: name a checkpoint with --model.")
@@ -136,21 +136,21 @@ def read_labelled(arguments: argparse.Namespace, contest):
 
 
 def run_training(arguments: argparse.Namespace, contest) -> tuple[dict, str]:
-    from lambda_vit_hf.training_speed import measure_training, training_table
+    from benchmarks.training_speed import measure_training, training_table
 
     result = measure_training(contest, arguments.batch_size, arguments.steps, contest.dtype == "bf16", arguments.guard)
     return result, training_table(result)
 
 
 def run_input(arguments: argparse.Namespace, contest) -> tuple[dict, str]:
-    from lambda_vit_hf.input_speed import input_table, measure_input
+    from benchmarks.input_speed import input_table, measure_input
 
     result = measure_input(contest, arguments.batch_size, arguments.rounds)
     return result, input_table(result)
 
 
 def run_search(arguments: argparse.Namespace, contest) -> tuple[dict, str]:
-    from lambda_vit_hf.search_speed import measure_search, search_table
+    from benchmarks.search_speed import measure_search, search_table
 
     result = measure_search(contest, arguments.num_layers, arguments.num_images, arguments.batch_size)
     return result, search_table(result)

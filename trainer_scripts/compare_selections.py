@@ -64,8 +64,8 @@ def open_results(path: Path, settings: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     options, passed_on = read_command_line(argv)
 
-    from lambda_vit_hf.benchmarking import describe_environment
-    from lambda_vit_hf.comparison import Experiment
+    from benchmarks.comparison import Experiment
+    from lambda_vit_hf.evaluation.throughput import describe_environment
 
     path = options.output_dir.with_suffix(".json")
     settings = {

@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         raise FileExistsError(f"{output_dir} exists and is not an empty folder. Name another --output_dir.")
 
     # Imported late: --help and a mistyped option answer at once.
-    from lambda_vit_hf.accounting import summarize
-    from lambda_vit_hf.conversion import convert_checkpoint
+    from lambda_vit_hf.evaluation.accounting import summarize
+    from lambda_vit_hf.models.conversion import convert_checkpoint
 
     model = convert_checkpoint(
         arguments.source,

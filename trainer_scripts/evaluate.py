@@ -58,8 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     import lambda_vit_hf  # noqa: F401 - registers LambdaViT with the Auto classes
-    from lambda_vit_hf.benchmarking import describe_environment, environment_line
-    from lambda_vit_hf.evaluation import class_indices, evaluate_model, load_classifier, load_split, read_images
+    from lambda_vit_hf.evaluation.evaluate import (
+        class_indices,
+        evaluate_model,
+        load_classifier,
+        load_split,
+        read_images,
+    )
+    from lambda_vit_hf.evaluation.throughput import describe_environment, environment_line
 
     accelerator = Accelerator(cpu=arguments.device == "cpu")
     with accelerator.main_process_first():

@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     from lambda_vit_hf import LambdaViTForImageClassification
-    from lambda_vit_hf.evaluation import processed_images
-    from lambda_vit_hf.export import export_program
-    from lambda_vit_hf.serving_folder import export_for_serving
+    from lambda_vit_hf.evaluation.evaluate import processed_images
+    from lambda_vit_hf.export.onnx import export_program
+    from lambda_vit_hf.export.serving_folder import export_for_serving
 
     if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
         raise SystemExit(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")

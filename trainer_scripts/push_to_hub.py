@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     # Imported late: --help and a mistyped option answer at once.
-    from lambda_vit_hf.hub import PushError, push_folder
+    from lambda_vit_hf.hub.push import PushError, push_folder
 
     try:
         result = push_folder(**vars(arguments))

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
-    from lambda_vit_hf.calibration import evenly_spaced
-    from lambda_vit_hf.data import ProcessedImages
-    from lambda_vit_hf.sources import load_image_dataset
+    from lambda_vit_hf.data.dataset import ProcessedImages
+    from lambda_vit_hf.data.folders import load_image_dataset
+    from lambda_vit_hf.data.sampling import evenly_spaced
 
     model = LambdaViTForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(selection, output_dir: Path) -> None:
-    from lambda_vit_hf.plotting import plot_layer_entropies, plot_pairs, plot_search
+    from lambda_vit_hf.evaluation.plotting import plot_layer_entropies, plot_pairs, plot_search
 
     output_dir.mkdir(parents=True, exist_ok=True)
     selection.save(output_dir / "selection.json")

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 
-from lambda_vit_hf.arguments import PROGRAM_ARGUMENTS, parse_arguments
+from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lambda_vit_hf").setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, PROGRAM_ARGUMENTS)
     # Imported late: --help and a mistyped option need not wait for datasets and pictures.
-    from lambda_vit_hf.training import run_training
+    from lambda_vit_hf.training.run import run_training
 
     run_training(*arguments)
 

@@ -1,0 +1,1 @@
+"""Measurements that users do not run; not shipped."""

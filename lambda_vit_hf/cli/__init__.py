@@ -1,0 +1,1 @@
+"""The installed programs; each imports what is heavy only when it runs."""

@@ -1,0 +1,1 @@
+"""Images in: folders and datasets, decoding, augmentation, streaming. Imports nothing else of the package."""

@@ -1,0 +1,1 @@
+"""Out of PyTorch: ONNX, int8, torch.export, and the engines compared."""

@@ -1,0 +1,274 @@
+"""The models that a benchmark compares, each by a short name: a source, and the steps that make it faster.
+
+transformers                       transformers' ViT
+timm, timm+removed                 timm's ViT; without the removed layers' attention, in the authors' form
+lambda+removed+folded+prepared     this package's
+outputs/digits+prepared+bf16       a checkpoint, and what is done to it
+lambda+removed+folded+onnx+int8    in onnxruntime
+outputs/digits_onnx/model.onnx     an ONNX file as it is
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..evaluation.accounting import count_macs, count_parameters
+from ..models.configuration_lambda_vit import LambdaViTConfig
+from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from .onnx import LogitsOnly, export_onnx, exported_program, quantize_onnx
+from .reference_models import as_timm_vit, as_transformers_vit
+
+
+SOURCES = ("transformers", "timm", "lambda")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# In the order in which they are taken, however a name spells them.
+STEPS = ("removed", "folded", "merged", *DTYPES, "stacked", "prepared", "onnx", "int8", "exported", "compiled")
+_ENGINES = {"onnx", "exported", "compiled"}
+_ONLY_HERE = {"folded", "merged", "stacked", "prepared"}
+
+SIZES = {
+    "tiny": dict(hidden_size=192, num_attention_heads=3, intermediate_size=768),
+    "small": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+    "base": dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """
+    What all contenders of a benchmark have in common. Small and picklable: a process of its own can rebuild any of
+    them.
+
+    Args:
+        size (`str`, *optional*, defaults to `"base"`): DeiT's `"tiny"`, `"small"` or `"base"`, random weights.
+        model (`str`, *optional*): a ViT checkpoint to start from instead.
+        layers (`tuple[int, ...]`, *optional*): layers that the step `removed` removes. DeiT-B's 40 % in the paper.
+        merging_r (`int`, *optional*, defaults to 24), merging_start (`int`, *optional*, defaults to 1):
+            Of the step `merged`: tokens per block, and the first block that merges among those that keep attention.
+            The paper's for DeiT-B without 5 layers.
+        dtype (`str`, *optional*, defaults to `"fp32"`): of contenders that name none.
+        device (`str`, *optional*, defaults to `"cpu"`): where they run.
+        image_size (`int`, *optional*, defaults to 224): of random weights.
+        num_hidden_layers (`int`, *optional*, defaults to 12): of random weights.
+    """
+
+    size: str = "base"
+    model: str | None = None
+    layers: tuple[int, ...] = (0, 1, 3, 4, 6)
+    merging_r: int = 24
+    merging_start: int = 1
+    dtype: str = "fp32"
+    device: str = "cpu"
+    image_size: int = 224
+    num_hidden_layers: int = 12
+
+    @cached_property
+    def base_model(self) -> LambdaViTForImageClassification:
+        """The model that `transformers`, `timm` and `lambda` start from; in eval mode, float32, on the CPU."""
+        if self.model:
+            return LambdaViTForImageClassification.from_pretrained(self.model, dtype=torch.float32).eval()
+        shape = dict(image_size=self.image_size, num_hidden_layers=self.num_hidden_layers, **SIZES[self.size])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return LambdaViTForImageClassification(LambdaViTConfig(num_labels=1000, **shape)).eval()
+
+
+@dataclass
+class Contender:
+    """
+    A model, ready to be timed.
+
+    Attributes:
+        name: as asked for, steps in order, without the precision.
+        run: from pixel values (in `dtype`, on the contest's device) to logits.
+        dtype: of the pixel values it takes.
+        function: which function it computes: those with the same value should agree. `None`: its own.
+        image_shape: `(channels, height, width)` of one image.
+        parameters, macs: `None` for an ONNX file.
+        weights_bytes: of its weights, or of its file.
+        device: where it runs: onnxruntime sessions stay on the CPU.
+        file: the ONNX file it runs.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor], torch.Tensor]
+    dtype: torch.dtype
+    function: str | None
+    image_shape: tuple[int, int, int]
+    parameters: int | None
+    macs: int | None
+    weights_bytes: int
+    device: str
+    file: Path | None = None
+    folder: tempfile.TemporaryDirectory | None = field(default=None, repr=False)  # of a file of its own
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `bf16`, `fp16` or `int8`."""
+        return "int8" if "int8" in self.name.split("+") else _SHORT[self.dtype]
+
+    def images(self, batch_size: int) -> torch.Tensor:
+        """Noise `(batch, channels, height, width)` that it takes: the same for every contender."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(batch_size, *self.image_shape, generator=generator)
+        return noise.to(self.device, self.dtype)
+
+
+_SHORT = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def parse_contender(name: str) -> tuple[str, list[str]]:
+    """
+    Source and steps of a contender's name, the steps in the order in which they are taken.
+
+    Raises:
+        ValueError: on steps that are repeated or cannot be combined.
+    """
+    words = name.split("+")
+    steps: list[str] = []
+    while len(words) > 1 and words[-1] in STEPS:
+        steps.append(words.pop())
+    source = "+".join(words)
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"{name!r} names a step twice.")
+    if len(words) > 1 and not Path(source).exists():
+        raise ValueError(f"{name!r}: unknown step {words[-1]!r}; the steps are {list(STEPS)}.")
+    chosen = set(steps)
+    for rule, group in (("one precision", set(DTYPES)), ("one engine", _ENGINES)):
+        if len(chosen & group) > 1:
+            raise ValueError(f"{name!r}: choose {rule} of {sorted(chosen & group)}.")
+    if "int8" in chosen and ("onnx" not in chosen or chosen & {"bf16", "fp16"}):
+        raise ValueError(f"{name!r}: int8 is a step of an fp32 model in onnx.")
+    if "onnx" in chosen and "bf16" in chosen:
+        raise ValueError(f"{name!r}: onnxruntime takes no bf16 from numpy.")
+    if source == "transformers" and chosen & {"removed", *_ONLY_HERE}:
+        raise ValueError(f"{name!r}: transformers' ViT has all its attention, as it is.")
+    if source == "timm" and chosen & _ONLY_HERE:
+        raise ValueError(f"{name!r}: {sorted(chosen & _ONLY_HERE)} are this package's.")
+    if {"folded"} <= chosen and source == "lambda" and "removed" not in chosen:
+        raise ValueError(f"{name!r}: without removed layers there is nothing to fold.")
+    return source, [step for step in STEPS if step in chosen]
+
+
+def build_contender(name: str, contest: Contest) -> Contender:
+    """
+    Build the model that a name stands for (see the top of this file).
+
+    Raises:
+        ValueError: if the name makes no sense, or not for this contest's model.
+    """
+    source, steps = parse_contender(name)
+    if source.endswith(".onnx"):
+        return _onnx_file(Path(source))
+    if not set(steps) & set(DTYPES):
+        steps = [step for step in STEPS if step in {*steps, contest.dtype}]
+    model, config, function = _build_model(source, steps, contest)
+    dtype = next(DTYPES[step] for step in steps if step in DTYPES)
+    model = model.to(contest.device, dtype)
+    if "stacked" in steps or "prepared" in steps:
+        model.prepare_for_inference(class_token_only="prepared" in steps)
+    shown = [step for step in steps if step not in DTYPES]
+    contender = Contender(
+        name="+".join([source, *shown]),
+        run=LogitsOnly(model).eval(),
+        dtype=dtype,
+        function=function,
+        image_shape=_image_shape(config),
+        parameters=count_parameters(model),
+        macs=count_macs(config),
+        weights_bytes=sum(value.nbytes for value in model.state_dict().values()),
+        device=contest.device,
+    )
+    _start_engine(contender, model, steps)
+    return contender
+
+
+def _build_model(source: str, steps: list[str], contest: Contest) -> tuple[nn.Module, LambdaViTConfig, str | None]:
+    if source == "transformers":
+        base = contest.base_model
+        return as_transformers_vit(base), base.config, "all attention"
+    if source in SOURCES:
+        model, function = copy.deepcopy(contest.base_model), "all attention"
+        if "removed" in steps:
+            model.remove_attention(list(contest.layers))
+            function = "removed"
+        if source == "timm":
+            return as_timm_vit(model), model.config, function
+    else:
+        model, function = LambdaViTForImageClassification.from_pretrained(source, dtype=torch.float32).eval(), source
+        if "removed" in steps:
+            model.remove_attention(list(contest.layers))
+            function = f"{source} removed"
+    if "folded" in steps:
+        model.fold_removed_attention()
+    if "merged" in steps:
+        model.set_token_merging(contest.merging_r, start=contest.merging_start)
+        function = None
+    return model, model.config, function
+
+
+def _start_engine(contender: Contender, model: nn.Module, steps: list[str]) -> None:
+    """Replaces `contender.run` by a compiled, exported or onnxruntime one."""
+    if "compiled" in steps:
+        # A limit of recompilations for each contender, static shapes, and an error instead of eager without a word.
+        contender.run = torch.compile(contender.run, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    elif "exported" in steps:
+        contender.run = exported_program(model, contender.images(2)).module()
+    elif "onnx" in steps:
+        contender.folder = tempfile.TemporaryDirectory()
+        contender.file = path = Path(contender.folder.name) / "model.onnx"
+        export_onnx(model, path, contender.images(2))
+        if "int8" in steps:
+            contender.file, contender.function = path.with_name("int8.onnx"), None
+            quantize_onnx(path, contender.file)
+        contender.weights_bytes = contender.file.stat().st_size
+        contender.run, contender.device = _run_session(contender.file), "cpu"
+
+
+def _onnx_file(path: Path) -> Contender:
+    if not path.is_file():
+        raise ValueError(f"There is no ONNX file {path}.")
+    (pixel_values,) = _session(path).get_inputs()
+    return Contender(
+        name=str(path),
+        run=_run_session(path),
+        dtype=torch.float16 if pixel_values.type == "tensor(float16)" else torch.float32,
+        function=None,
+        image_shape=tuple(pixel_values.shape[1:]),
+        parameters=None,
+        macs=None,
+        weights_bytes=path.stat().st_size,
+        device="cpu",
+        file=path,
+    )
+
+
+def _session(path: Path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning after their turn, at the cost of whoever comes next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    session = _session(path)
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.cpu().numpy()})[0])
+
+    return run
+
+
+def _image_shape(config: LambdaViTConfig) -> tuple[int, int, int]:
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return config.num_channels, height, width

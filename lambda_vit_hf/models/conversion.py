@@ -1,0 +1,255 @@
+"""Reading timm, DeiT and the Lambda-ViT authors' checkpoints into LambdaViT, exactly and without running their code.
+
+These files hold a table of tensors under timm's names. Nothing in them says how many attention heads there are and, in
+the authors' files, nothing but the file's name says which attention layers are removed.
+Sources: timm `VisionTransformer`; what the files of facebookresearch/deit and sihaoevery/lambda_vit contain.
+"""
+
+import argparse
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .configuration_lambda_vit import LambdaViTConfig
+from .folding import check_layer_indices
+from .loading import patch_grid, resize_position_embeddings, square_side
+from .modeling_lambda_vit import LambdaViTForImageClassification
+
+
+logger = logging.getLogger(__name__)
+
+WRAPPING_KEYS = ("model", "net", "state_dict", "model_ema", "state_dict_ema")
+
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+_AUTHORS_FILE = re.compile(r"(?:base|small|tiny)_([0-9]+)\.pth")
+# Wider ViTs do not have 64 dimensions per head (ViT-H: 80, ViT-g: 88, ViT-G: 104), though 64 divides their width: a
+# guess would load without complaint and compute something else.
+_WIDEST_WITH_64_PER_HEAD = 1024
+
+# timm's module, and the modules that share its rows.
+_BLOCK_MODULES = {
+    "norm1": ["layernorm_before"],
+    "attn.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+    "attn.proj": ["attention.o_proj"],
+    "norm2": ["layernorm_after"],
+    "mlp.fc1": ["mlp.fc1"],
+    "mlp.fc2": ["mlp.fc2"],
+}
+_HEAD = ["head.weight", "head.bias"]
+
+
+def convert_checkpoint(
+    path: str | Path,
+    layers_removed: list[int] | None = None,
+    fold: bool = True,
+    num_attention_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    id2label: dict[int, str] | None = None,
+    drop_head: bool = False,
+    weights_key: str | None = None,
+) -> LambdaViTForImageClassification:
+    r"""
+    Build a LambdaViT from a timm, DeiT or Lambda-ViT checkpoint: the same logits up to rounding, in float32.
+
+    The configuration is read off the tensors' shapes; `layer_norm_eps` is timm's 1e-6. Every tensor of the file is
+    used, and every weight of the model comes from the file. Nothing in a pickled file is run.
+
+    Args:
+        path (`str` or `Path`):
+            A `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file: a table of tensors, bare or under a top key
+            `model`, `net`, `state_dict`, `model_ema` or `state_dict_ema`; names may have the prefix `module.`.
+        layers_removed (`list[int]`, *optional*):
+            0-based layers whose attention, still in the file, becomes the identity, as in the paper at lambda = 0.
+            Defaults to what the name of one of the authors' files says (`base_01346.pth`: layers 0, 1, 3, 4 and 6),
+            else to none. `[]`: none, whatever the name.
+        fold (`bool`, *optional*, defaults to `True`):
+            Absorb the doubling of removed layers in the weights that follow; the same function.
+        num_attention_heads (`int`, *optional*):
+            Defaults to 64 dimensions per head: true of ViT and DeiT up to width 1024. Required for other widths.
+        image_size (`int` or `tuple[int, int]`, *optional*):
+            Height and width in pixels to resize the position embeddings to. Defaults to the file's own.
+        id2label (`dict[int, str]`, *optional*):
+            Class names, one per row of the head. Defaults to `LABEL_0`, `LABEL_1`, ...
+        drop_head (`bool`, *optional*, defaults to `False`):
+            Leave the class head out: logits are the class token's features, `(batch, hidden)`. Required for files
+            without a head.
+        weights_key (`str`, *optional*):
+            Which top key to read. Required for files with several, such as `model` and `model_ema`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if the file is cut short or is not what its suffix says.
+        ValueError: if a pickle asks for code; if a tensor is missing, unknown, of the wrong shape or not finite; if
+            the model is distilled (two class tokens); if an argument does not fit the file.
+
+    Example:
+
+    ```python
+    >>> convert_checkpoint("base_01346.pth").config.removed_layers
+    [0, 1, 3, 4, 6]
+    ```
+    """
+    path = Path(path)
+    tensors = _read_state_dict(path, weights_key)
+    if drop_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
+    names = _names_in_model(tensors, path, has_head=not drop_head)
+    _check_tensors(tensors, path)
+    hidden_size, num_channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    if image_size is None:
+        image_size = square_side(tensors["pos_embed"]) * patch_size
+    grid = patch_grid(image_size, patch_size)
+    tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid)
+    num_labels = 0 if drop_head else tensors["head.bias"].numel()
+    if id2label is not None and set(id2label) != set(range(num_labels)):
+        raise ValueError(f"`id2label` must map 0, 1, ... to {num_labels} class names ({path}): {str(id2label)[:99]}.")
+    id2label = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
+    config = LambdaViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=sum(name.endswith(".attn.qkv.weight") for name in tensors),
+        num_attention_heads=_num_heads(hidden_size, num_attention_heads, path),
+        intermediate_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        image_size=image_size if isinstance(image_size, int) else list(image_size),
+        patch_size=patch_size,
+        num_channels=num_channels,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        layer_norm_eps=1e-6,
+        id2label=id2label,
+        label2id={label: index for index, label in id2label.items()},
+    )
+    layers_removed = _layers_in_name(path) if layers_removed is None else layers_removed
+    layers_removed = check_layer_indices(layers_removed, config.num_hidden_layers)
+    # On the meta device nothing is drawn at random: a parameter that the file did not give would have no value at all.
+    with torch.device("meta"):
+        model = LambdaViTForImageClassification(config)
+    model.load_state_dict(_renamed(tensors, names, model, path), strict=True, assign=True)
+    if layers_removed:
+        model.remove_attention(layers_removed)
+        if fold:
+            model.fold_removed_attention()
+    return model.eval()
+
+
+def _read_state_dict(path: Path, weights_key: str | None) -> dict:
+    """What the file holds by name, unwrapped, without the prefix `module.`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. (Hugging Face checkpoints, folders: `from_pretrained`.)")
+    content = _read_file(path)
+    content = content if isinstance(content, Mapping) else {}
+    wrappings = [key for key in WRAPPING_KEYS if isinstance(content.get(key), Mapping)]
+    if (weights_key is not None or len(wrappings) > 1) and weights_key not in wrappings:
+        raise ValueError(f"{path} has weights under {wrappings}: `weights_key` must be one, got {weights_key!r}.")
+    tensors = content[weights_key or wrappings[0]] if wrappings else content
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} holds no named weights, neither bare nor under one of {WRAPPING_KEYS}.")
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _read_file(path: Path):
+    if path.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
+        raise ValueError(f"{path} is of unknown type. Expected .safetensors, {', '.join(_PICKLE_SUFFIXES)}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # DeiT and the authors save their command line beside the weights. A Namespace is a bag of attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is refused, and nothing in it was run: it asks for {culprit[1] if culprit else 'code'}, or is"
+            " damaged. From a pickle only tensors, plain containers and argparse.Namespace are read. The way out:"
+            " where you trust the file, load it there and save its tensors as .safetensors."
+        ) from error
+    except Exception as error:
+        # Damaged files make torch and safetensors raise a dozen unrelated types, few of which name the file.
+        raise OSError(
+            f"{path} cannot be read: it is cut short, damaged, or no {path.suffix} file ({error}). Get it again."
+        ) from error
+
+
+def _names_in_model(tensors: dict, path: Path, has_head: bool) -> dict[str, list[str]]:
+    """timm's names and the parameters their rows go to; raises where the file has other names, or fewer."""
+    if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors):
+        raise ValueError(
+            f"{path} is a distilled DeiT, with a second class token and a second head (`dist_token`, `head_dist`)."
+            " LambdaViT has one of each. Use the checkpoint without distillation, e.g. deit_base_patch16_224."
+        )
+    modules = {"patch_embed.proj": ["vit.embeddings.patch_embeddings.projection"], "norm": ["vit.layernorm"]}
+    if has_head:
+        modules["head"] = ["classifier"]
+    # Counted, not read off the highest number: a gap shows as missing tensors, never as a list without end.
+    num_blocks = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
+    for index in range(max(num_blocks, 1)):
+        for source, targets in _BLOCK_MODULES.items():
+            modules[f"blocks.{index}.{source}"] = [f"vit.layers.{index}.{target}" for target in targets]
+    names = {"cls_token": ["vit.embeddings.cls_token"], "pos_embed": ["vit.embeddings.position_embeddings"]}
+    for source, targets in modules.items():
+        for kind in ("weight", "bias"):
+            names[f"{source}.{kind}"] = [f"{target}.{kind}" for target in targets]
+    if not any(name.endswith(".attn.qkv.bias") for name in tensors):
+        names = {name: targets for name, targets in names.items() if not name.endswith(".attn.qkv.bias")}
+    problems = {"missing": [name for name in names if name not in tensors]}
+    problems["unknown"] = [name for name in tensors if name not in names]
+    if any(problems.values()):
+        lines = [f"{len(keys)} {what}: {', '.join(keys[:8])}" for what, keys in problems.items() if keys]
+        raise ValueError(
+            f"The tensors in {path} are not those of timm's plain ViT with a class token: {'; '.join(lines)}. Layer"
+            " scale, register tokens, average pooling and the like compute something else than LambdaViT. A file"
+            " without a class head needs `drop_head=True`; Hugging Face's names (`vit.`) go to `from_pretrained`."
+        )
+    return names
+
+
+def _check_tensors(tensors: dict, path: Path) -> None:
+    for name, value in tensors.items():
+        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not (dense and value.is_floating_point() and value.numel() and value.float().isfinite().all()):
+            raise ValueError(f"{name} in {path} must be a dense floating-point tensor, not empty, without NaN or inf.")
+    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
+        if tensors[name].ndim != axes:
+            raise ValueError(f"{name} in {path} must have {axes} axes, got shape {tuple(tensors[name].shape)}.")
+
+
+def _num_heads(width: int, wanted: int | None, path: Path) -> int:
+    if wanted is None and width % 64 == 0 and width <= _WIDEST_WITH_64_PER_HEAD:
+        return width // 64
+    if type(wanted) is not int or wanted < 1 or width % wanted:
+        raise ValueError(
+            f"`num_attention_heads` must divide the width {width} of {path}, got {wanted!r}. The file does not tell"
+            f" it, and width / 64 is sure only for multiples of 64 up to {_WIDEST_WITH_64_PER_HEAD} (ViT-H has 16)."
+        )
+    return wanted
+
+
+def _layers_in_name(path: Path) -> list[int]:
+    match = _AUTHORS_FILE.fullmatch(path.name)
+    layers = [int(digit) for digit in match[1]] if match else []
+    if layers:
+        # A warning: another file of such a name would lose layers that its owner wants to keep.
+        logger.warning("%s: removing the attention of layers %s, as the file's name says.", path, layers)
+    return layers
+
+
+def _renamed(tensors: dict, names: dict[str, list[str]], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The model's state dict in float32, each tensor with memory of its own; raises where a shape does not fit."""
+    expected = model.state_dict()
+    renamed = {name: torch.ones(()) for name in expected if name.endswith(".attention_lambda")}
+    for source, targets in names.items():
+        rows, *rest = expected[targets[0]].shape
+        shape = (rows * len(targets), *rest)
+        if tensors[source].shape != shape:
+            raise ValueError(f"{source} in {path} must have shape {shape}, got {tuple(tensors[source].shape)}.")
+        for target, part in zip(targets, tensors[source].chunk(len(targets)), strict=True):
+            renamed[target] = part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return renamed
+
+
+__all__ = ["convert_checkpoint", "resize_position_embeddings"]

@@ -1,0 +1,1 @@
+"""Which attention layers a model can do without: entropy, masked passes, search, strategies."""

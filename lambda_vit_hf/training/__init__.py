@@ -1,0 +1,1 @@
+"""Dilution and removal inside the Trainer, and the main job around it."""

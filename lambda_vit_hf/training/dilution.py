@@ -1,0 +1,78 @@
+"""Lambda schedules: how attention fades into the identity, as pure functions of training progress.
+
+A schedule maps progress in [0, 1], the share of the dilution phase that has passed, to lambda: 1 at 0, exactly 0 at 1,
+never rising. The phase covers the first part of training; the pruned network trains on for the rest.
+Source: Lin et al., CVPR 2024, section 3.3; the authors' code: lambda(epoch) = max(0, 1 - epoch / 299), 400 epochs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def linear(progress: float) -> float:
+    """The authors' schedule: a straight line."""
+    return 1.0 - progress
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine: slow at both ends."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class DilutionSchedule:
+    """
+    Lambda as a function of the global optimizer step, and of nothing else: a resumed run continues where it was.
+
+    Args:
+        total_steps (`int`): optimizer steps of the whole training.
+        hold_share (`float`, *optional*, defaults to 0.25):
+            Share of training at the end, in [0, 1), for which lambda stays 0 (100 of 400 epochs in the paper).
+        shape (`str`, *optional*, defaults to `"linear"`): `"linear"` or `"cosine"`.
+        steps_per_update (`int`, *optional*, defaults to 1):
+            Lambda changes only at multiples of this: 1 is per step, the steps of an epoch is per epoch.
+
+    Raises:
+        ValueError: if an argument is out of range, or lambda could not reach 0 within `total_steps`.
+    """
+
+    total_steps: int
+    hold_share: float = 0.25
+    shape: str = "linear"
+    steps_per_update: int = 1
+
+    def __post_init__(self):
+        if self.total_steps < 2:
+            raise ValueError(f"Dilution needs at least 2 training steps, got {self.total_steps}.")
+        if not 0.0 <= self.hold_share < 1.0:
+            raise ValueError(f"`hold_share` must lie in [0, 1), got {self.hold_share}.")
+        if self.shape not in SCHEDULES:
+            raise ValueError(f"`shape` must be one of {sorted(SCHEDULES)}, got {self.shape!r}.")
+        if self.steps_per_update < 1:
+            raise ValueError(f"`steps_per_update` must be at least 1, got {self.steps_per_update}.")
+        if self.first_zero_step >= self.total_steps:
+            raise ValueError(
+                f"In {self.total_steps} steps lambda cannot fall from 1 to 0 if it changes only every"
+                f" {self.steps_per_update} steps. Train longer, or let it change per step."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.shape}, 0 from step {self.first_zero_step} on"
+
+    @property
+    def first_zero_step(self) -> int:
+        """The first step, counted from 0, that runs at lambda = 0."""
+        updates = math.ceil(self.total_steps / self.steps_per_update)
+        # 1 and 0 are both among the values of the phase: 300 of 400 epochs give 1 - e / 299, as in the paper.
+        return max(1, round(updates * (1.0 - self.hold_share)) - 1) * self.steps_per_update
+
+    def at(self, step: int) -> float:
+        """Lambda during optimizer step `step` (0 is the first)."""
+        step = step - step % self.steps_per_update
+        if step >= self.first_zero_step:
+            return 0.0
+        return min(1.0, max(0.0, SCHEDULES[self.shape](step / self.first_zero_step)))

@@ -1,0 +1,137 @@
+"""What the main job leaves behind and says: metrics, pictures, the model card, the table before and after."""
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import Trainer, pipeline
+
+from ..data.decoding import UnreadableImageError, decode_image
+from ..evaluation.accounting import count_macs, count_parameters, summarize
+from ..evaluation.plotting import plot_layer_entropies, plot_training
+from ..evaluation.throughput import describe_environment, images_per_second
+from ..hub.model_card import comparison_rows, facts_of_training, hub_base_model, write_model_card
+from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from ..selection.select import AttentionSelection
+from .callback import EntropyGuidedRemovalCallback
+
+
+BATCH_SIZE = 64
+
+
+def write_report(
+    trainer: Trainer,
+    base: LambdaViTForImageClassification,
+    selection: AttentionSelection,
+    base_accuracy: float,
+    accuracy: float,
+    dataset: str | None = None,
+    base_model: str | None = None,
+    unreadable: dict[str, int] | None = None,
+) -> dict:
+    """
+    Write `metrics.json`, `selection.json`, the pictures and the model card into the Trainer's output folder, and print
+    the table. Speed is measured here, base and removed model side by side.
+
+    Args:
+        trainer (`Trainer`): after training; its model is the removed one and is saved in its output folder.
+        base ([`LambdaViTForImageClassification`]): the model before removal.
+        selection ([`AttentionSelection`]): the layers removed, and why.
+        base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
+        dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
+        base_model (`str`, *optional*): checkpoint started from; the card names it if it came from the Hub.
+        unreadable (`dict[str, int]`, *optional*): images of each split that could not be decoded.
+
+    Returns:
+        The contents of `metrics.json`.
+    """
+    model, output_dir = trainer.model, Path(trainer.args.output_dir)
+    metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
+    metrics["layers"] = selection.layers
+    metrics["unreadable_images"] = unreadable or {}
+    if trainer.args.bf16 or trainer.args.fp16:
+        # accelerate has put autocast around the model's forward.
+        metrics["environment"]["dtype"] += f", {'bfloat16' if trainer.args.bf16 else 'float16'} autocast"
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    selection.save(output_dir / "selection.json")
+    pictures = {"training": "training.png"}
+    plot_training(trainer.state.log_history, output_dir / "training.png", base_accuracy)
+    if selection.mlp_entropy:
+        pictures["entropy"] = "entropy.png"
+        plot_layer_entropies(selection, output_dir / "entropy.png")
+    rows = comparison_rows(metrics)
+    environment = metrics["environment"]
+    known = {
+        "rows": rows,
+        "dataset": dataset,
+        "split": "validation",
+        "accuracy": accuracy,
+        "measured_on": f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
+        "base_model": base_model and hub_base_model(model.config),
+        "pictures": pictures,
+    }
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EntropyGuidedRemovalCallback):
+            # It knows more, and writes the card that `trainer.push_to_hub()` pushes.
+            known = callback.card_facts = {**callback.card_facts, **known}
+    write_model_card(output_dir, facts_of_training(trainer.args, trainer.state, model, selection, **known))
+    print(f"\n{summarize(model)}\n\n{text_table(rows)}")
+    for split, count in metrics["unreadable_images"].items():
+        if count:
+            print(f"images of {split} that could not be decoded and were left out: {count}")
+    print(f"attention removed: layers {selection.layers}, chosen by {selection.strategy}")
+    return metrics
+
+
+def _measure(model, base, output_dir: Path, base_accuracy: float, accuracy: float) -> dict:
+    size = model.config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    pixel_values = torch.randn(BATCH_SIZE, model.config.num_channels, height, width, device=model.device)
+    speed = images_per_second({"before": base, "after": model}, pixel_values.to(model.dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        base_bytes = _weights_bytes(Path(folder))
+
+    def figures(one, top1, file_bytes, name):
+        return {
+            "top1": top1,
+            "parameters": count_parameters(one),
+            "macs": count_macs(one.config),
+            "file_bytes": file_bytes,
+            "images_per_second": speed[name],
+        }
+
+    return {
+        "before": figures(base, base_accuracy, base_bytes, "before"),
+        "after": figures(model, accuracy, _weights_bytes(output_dir), "after"),
+        "environment": {**describe_environment(model.device), "dtype": str(model.dtype).removeprefix("torch.")},
+    }
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def text_table(rows: dict[str, tuple[str, str]]) -> str:
+    """The before / after table for a terminal."""
+    lines = {"": ("before", "after"), **rows}
+    return "\n".join(f"{name:<20}{before:>16}{after:>16}" for name, (before, after) in lines.items())
+
+
+def classify_one(folder: Path, dataset) -> None:
+    """Print what `pipeline("image-classification")` makes of a dataset's first image with the model in `folder`."""
+    image, label = _first_image(dataset)
+    answer = pipeline("image-classification", model=str(folder))(image)[0]
+    print(f'pipeline("image-classification", model="{folder}"): {answer["label"]} ({answer["score"]:.3f})')
+    print(f"truth: {dataset.features['label'].names[label]}")
+
+
+def _first_image(dataset):
+    """Image and label of the first row that can be decoded; there is one, or there were no accuracy to report."""
+    for row in dataset.cast_column("image", datasets.Image(decode=False)):
+        with contextlib.suppress(UnreadableImageError):  # counted and named when it was evaluated
+            return decode_image(row["image"]), row["label"]
+    raise ValueError("The dataset has no readable image.")

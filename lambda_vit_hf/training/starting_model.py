@@ -1,0 +1,121 @@
+"""The model a training starts from: a checkpoint, or a new one, with its image processor."""
+
+import logging
+from pathlib import Path
+
+from transformers import AutoImageProcessor, ViTImageProcessor
+
+from ..data.augmentation import output_size, with_evaluation_crop
+from ..models.configuration_lambda_vit import LambdaViTConfig
+from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from .arguments import ModelArguments
+from .output_folder import OutputFolder
+
+
+logger = logging.getLogger(__name__)
+
+_SHAPE = (
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "initializer_range",
+)
+_OPTIONAL = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_implementation")
+
+
+def load_starting_model(
+    model_args: ModelArguments,
+    class_names: list[str],
+    folder: OutputFolder,
+    overwrite: bool,
+    evaluation_crop: float | None = None,
+):
+    """
+    The model to train, its image processor, and whether model or classifier are new and have to be trained first.
+
+    Args:
+        model_args ([`ModelArguments`]): which.
+        class_names (`list[str]`): of the dataset; they go into the config.
+        folder ([`OutputFolder`]): a base model that an interrupted run trained is taken up from here.
+        overwrite (`bool`): whether checkpoints in that folder are about to be deleted.
+        evaluation_crop (`float`, *optional*): see [`with_evaluation_crop`].
+
+    Raises:
+        ValueError: if the checkpoint has another number of classes, or would be deleted.
+        OSError: if the checkpoint has no image processor.
+        FileNotFoundError: if the base model of the run to resume is gone.
+    """
+    labels = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }
+    given = {name: getattr(model_args, name) for name in _OPTIONAL if getattr(model_args, name) is not None}
+    source = model_args.model_name_or_path
+    if folder.base.is_dir() and not overwrite:
+        source = str(folder.base)
+    elif folder.checkpoint is not None and source is None:
+        raise FileNotFoundError(
+            f"The run of {folder.checkpoint} trained a base model, but {folder.base} is gone: start anew."
+        )
+    if source is None:
+        config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **given)
+        model, is_new = LambdaViTForImageClassification(config), True
+        processor = ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    else:
+        if overwrite:
+            _check_it_stays(Path(source), folder)
+        model, is_new = _load(source, model_args.ignore_mismatched_sizes, labels, given)
+        processor = _load_processor(source, model_args.image_size)
+    return model, processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop), is_new
+
+
+def _check_it_stays(source: Path, folder: OutputFolder) -> None:
+    doomed = [folder.base, *folder.path.glob("checkpoint-*")]
+    if source.resolve() in [path.resolve() for path in doomed]:
+        raise ValueError(f"--overwrite_output_dir would delete {source}, the model to start from.")
+
+
+def _load(source: str, ignore_mismatched_sizes: bool, labels: dict, given: dict):
+    stored = LambdaViTConfig.from_pretrained(source)
+    is_other_task = stored.num_labels != len(labels["id2label"])
+    if is_other_task and not ignore_mismatched_sizes:
+        raise ValueError(
+            f"{source} has {stored.num_labels} classes, the dataset has {len(labels['id2label'])}. Pass"
+            " --ignore_mismatched_sizes to replace the classifier."
+        )
+    if not is_other_task:
+        _compare_names(source, stored.id2label, labels["id2label"])
+    model = LambdaViTForImageClassification.from_pretrained(
+        source, ignore_mismatched_sizes=ignore_mismatched_sizes, **labels, **given
+    )
+    # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
+    return model, is_other_task
+
+
+def _compare_names(source: str, stored: dict[int, str], wanted: dict[int, str]) -> None:
+    if stored == wanted or stored == {index: f"LABEL_{index}" for index in stored}:
+        return
+    differing = [(stored[index], wanted[index]) for index in sorted(wanted) if stored[index] != wanted[index]]
+    if sorted(stored.values()) == sorted(wanted.values()):
+        raise ValueError(
+            f"{source} has the dataset's classes in another order (model, dataset): {differing[:3]}. Its classifier"
+            " would name every image wrongly: put the dataset's classes in the model's order."
+        )
+    logger.warning(
+        "%s names %d of its classes otherwise than the dataset (model, dataset): %s. The dataset's names are taken; if"
+        " these are other classes, start from a checkpoint without them.", source, len(differing), differing[:3],
+    )  # fmt: skip
+
+
+def _load_processor(source: str, image_size: int | None):
+    processor = AutoImageProcessor.from_pretrained(source)
+    if image_size is None or output_size(processor) == (image_size, image_size):
+        return processor
+    square = {"height": image_size, "width": image_size}
+    resized = AutoImageProcessor.from_pretrained(source, size=square, do_center_crop=False)
+    if not getattr(processor, "do_center_crop", None):
+        return resized
+    short_side = processor.size.shortest_edge or min(processor.size.height, processor.size.width)
+    return with_evaluation_crop(resized, min(output_size(processor)) / short_side)

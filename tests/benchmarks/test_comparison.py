@@ -1,0 +1,92 @@
+"""What layers cost and what foretells it: accuracy of masked models, rank correlation, random sets."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks.comparison import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from tests.numpy_vit import masked_output
+
+
+@pytest.fixture
+def items():
+    images = torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels = torch.randint(5, (30,), generator=torch.Generator().manual_seed(3))
+    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)]
+
+
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_masked_accuracy_is_that_of_the_masked_model(model, items, mask):
+    model = model.double()
+    items[3]["labels"] = -100  # could not be read: left out
+    images = torch.stack([item["pixel_values"] for item in items])
+    labels = np.array([item["labels"] for item in items])
+    sets = [[], [0], [2, 4], [4, 2], [0, 1, 2, 3, 4]]
+    expected = [
+        (masked_output(model, images, masked, mask, "class_head").argmax(axis=1) == labels)[labels >= 0].mean()
+        for masked in sets
+    ]
+    assert masked_top1(model, items, sets, mask, batch_size=7) == pytest.approx(expected)
+    assert len(set(expected)) > 1, "nothing to tell apart"
+
+
+def test_doubling_is_what_removal_does(model, items):
+    model = model.double()
+    (masked,) = masked_top1(model, items, [[1, 3]], "identity")
+    model.remove_attention([1, 3])
+    assert masked_top1(model, items, [[]])[0] == masked
+
+
+def test_rank_correlation_is_spearmans_with_ties():
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, 5, 40), generator.integers(0, 5, 40)
+    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
+    assert rank_correlation([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [0, 0, 0]) is None
+
+
+def test_random_sets_are_distinct_and_repeatable():
+    sets = draw_sets([0, 2, 3, 5], 2, 6, seed=0)
+    assert len({tuple(one) for one in sets}) == 6
+    assert all(one == sorted(set(one)) and set(one) <= {0, 2, 3, 5} and len(one) == 2 for one in sets)
+    assert draw_sets([0, 2, 3, 5], 2, 3, seed=1) == draw_sets([0, 2, 3, 5], 2, 3, seed=1)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        draw_sets([0, 2, 3, 5], 2, 7, seed=0)
+
+
+def test_a_base_model_measures_strategies_choices_and_random_sets(model, items):
+    base = BaseModel(model.double(), torch.stack([item["pixel_values"] for item in items]), items, seed=0)
+    runs = base.compare_strategies(["nose", "last"], [1, 2])
+    assert [(run["num_removed"], run["strategy"]) for run in runs] == [
+        (1, "nose"),
+        (1, "last"),
+        (2, "nose"),
+        (2, "last"),
+    ]
+    assert runs[3]["layers"] == [4, 5]
+    assert runs[3]["top1_skip"] == masked_top1(model, items, [[4, 5]])[0]
+    assert runs[3]["transfer_entropy"] == pytest.approx(base.select("last", 2).transfer_entropy)
+    choices = base.try_choices([1, 2])
+    by_default = {"output": "class_head", "mask": "skip", "compare": "magnitude"}
+    same = [run for run in choices if by_default.items() <= run.items()]
+    assert [run["layers"] for run in same] == [run["layers"] for run in runs if run["strategy"] == "nose"]
+    assert same[1]["transfer_entropy"] == pytest.approx(runs[2]["transfer_entropy"])
+    tried = base.try_random_sets(2, 10)
+    assert len(tried["correlations"]) == len(OPEN_CHOICES) == 12
+    values = [abs(value) for value in tried["transfer_entropy"]["class_head, skip"]]
+    expected = spearmanr(values, tried["top1_loss"]["skip"]).statistic
+    assert tried["correlations"][0]["with_loss_skip"] == pytest.approx(expected)
+
+
+def test_correlations_are_told_with_and_without_the_layer_that_decides_alone():
+    sets = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    loss = [0.8, 0.7, 0.9, 0.03, 0.02, 0.01]  # layer 0 ruins the model
+    values = [-9.0, -8.0, -7.0, 0.1, 0.2, 0.3]  # the rest is foretold the wrong way round
+    rows = correlations(sets, {"skip": loss, "identity": loss}, dict.fromkeys(
+        (f"{choice['output']}, {choice['mask']}" for choice in OPEN_CHOICES), values))  # fmt: skip
+    magnitude, value = rows[0], rows[1]
+    assert (magnitude["worst_skip"], magnitude["sets_without_worst_skip"]) == (0, 3)
+    assert magnitude["with_loss_skip"] == pytest.approx(spearmanr(np.abs(values), loss).statistic)
+    assert value["with_loss_skip"] == pytest.approx(spearmanr(values, loss).statistic)
+    assert magnitude["with_loss_skip_without_worst"] == pytest.approx(-1)

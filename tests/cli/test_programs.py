@@ -1,0 +1,173 @@
+"""The thin programs: what they print and leave behind. `train.py` has its own file."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from lambda_vit_hf.selection.select import AttentionSelection
+from tests.conftest import in_two_processes
+
+
+SCRIPTS = Path(__file__).parents[2] / "trainer_scripts"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def digits_vit(tmp_path):
+    config = ViTConfig(
+        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_labels=10
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    return str(tmp_path / "vit")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_help_answers_and_shows_a_command_to_paste(script):
+    # With no library to import: --help is quick.
+    hidden = "" if script == "train.py" else "sys.modules['torch'] = None"  # its options are TrainingArguments'
+    run = f"sys.argv = ['{script}', '--help']; runpy.run_path('{script}', run_name='__main__')"
+    code = f"import sys, runpy\n{hidden}\n{run}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPTS)
+    assert result.returncode == 0, result.stderr[-1000:]
+    assert "usage" in result.stdout
+    assert f"trainer_scripts/{script}" in (SCRIPTS / script).read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize("strategy", ["nose", "last"])
+def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, capsys, strategy):
+    load("select_layers").main(
+        [digits_vit, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "30", "--strategy", strategy,
+         "--pairs", "--autocast", "bfloat16", "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
+    assert (len(selection.layers), selection.num_images, selection.strategy) == (2, 30, strategy)
+    assert selection.autocast_dtype == "bfloat16"
+    printed = capsys.readouterr().out
+    assert f"layers {selection.layers}" in printed
+    assert ("% of resamples" in printed) == (strategy == "nose")
+    pictures = {"entropy.png", "pairs.png"} | ({"search.png"} if strategy == "nose" else set())
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
+    for name in pictures:
+        PIL.Image.open(tmp_path / "out" / name).verify()
+
+
+def select_into(folder: str, model: str, rank: int) -> list[str]:
+    output_dir = Path(folder) / str(rank)
+    load("select_layers").main(
+        [model, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "20", "--batch_size", "7",
+         "--output_dir", str(output_dir)]
+    )  # fmt: skip
+    return sorted(path.name for path in output_dir.glob("*"))
+
+
+def test_of_several_processes_one_reports_what_all_selected(digits_vit, tmp_path):
+    found = in_two_processes(select_into, str(tmp_path), digits_vit)
+    assert found == [["entropy.png", "search.png", "selection.json"], []]
+    shared = AttentionSelection.load(tmp_path / "0" / "selection.json")
+    select_into(str(tmp_path), digits_vit, rank=2)
+    alone = AttentionSelection.load(tmp_path / "2" / "selection.json")
+    assert (shared.order, shared.num_images) == (alone.order, 20)
+
+
+def compare(folder: Path, *more: str) -> dict:
+    small = [
+        "--hidden_size", "16", "--num_hidden_layers", "3", "--num_attention_heads", "2", "--intermediate_size", "32",
+        "--base_num_train_epochs", "0.5", "--num_train_epochs", "0.5", "--use_cpu", "true", "--warmup_steps", "0",
+        "--per_device_train_batch_size", "128", "--calibration_size", "32",
+    ]  # fmt: skip
+    recipe = str(SCRIPTS / "recipes" / "digits.yaml")
+    load("compare_selections").main(
+        [recipe, *small, "--num_removed", "1", "--random_sets", "3", "--output_dir", str(folder / "runs"), *more]
+    )
+    return json.loads((folder / "runs.json").read_text())
+
+
+def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tmp_path, capsys):
+    chosen = ["--seeds", "0", "1", "--strategies", "nose", "first", "cosine"]
+    results = compare(tmp_path, *chosen)
+    assert [run["layers"] for run in results["runs"] if run["strategy"] == "first"] == [[0], [0]]
+    for seed in (0, 1):
+        of_seed = [run for run in results["runs"] if run["seed"] == seed]
+        assert len({run["top1_before"] for run in of_seed}) == 1, "the strategies started from different models"
+        assert all(
+            run["top1_diluted"] == results["trainings"][f"seed {seed}, layers {run['layers'][0]}"]["top1"]
+            for run in of_seed
+        )
+    chosen_sets = {(run["seed"], *run["layers"]) for run in results["runs"]}
+    assert len(results["trainings"]) == len(chosen_sets) + 2, "each set once, and the whole model once per seed"
+    for seed, control in enumerate(results["controls"]):
+        assert control["top1_diluted"] == results["trainings"][f"seed {seed}, layers none"]["top1"]
+    first = next(row for row in results["table"] if row["strategy"] == "first")
+    values = [run["top1_diluted"] for run in results["runs"] if run["strategy"] == "first"]
+    assert first["top1_diluted"]["mean"] == pytest.approx(sum(values) / 2)
+    assert len(results["choices"]) == 2 * 12
+    assert [tried["seed"] for tried in results["random_sets"]] == [0, 1]
+    printed = capsys.readouterr().out
+    assert "| 1 | first |" in printed
+    assert printed.count("| 1 | class_head | skip | magnitude |") == 2, "one row of choices, one of correlations"
+    for choice in results["choices"]:  # what a strategy chose too was trained
+        training = results["trainings"].get(f"seed {choice['seed']}, layers {choice['layers'][0]}")
+        assert choice.get("top1_diluted") == (training and training["top1"])
+    assert any("top1_diluted" in choice for choice in results["choices"])
+
+
+def test_compare_selections_gives_no_mean_before_every_seed_has_its_figure():
+    runs = [{"num_removed": 1, "strategy": "last", "layers": [2], "top1_before": 0.9} for _ in range(2)]
+    runs[0]["top1_diluted"] = 0.8
+    (row,) = load("compare_selections").tabulate(runs)
+    assert row["top1_before"]["mean"] == pytest.approx(0.9)
+    assert "top1_diluted" not in row
+
+
+def test_compare_selections_goes_on_where_it_was(tmp_path, capsys):
+    chosen = ["--seeds", "0", "--strategies", "first"]
+    results = compare(tmp_path, *chosen)
+    capsys.readouterr()
+
+    again = compare(tmp_path, *chosen)
+    assert "seed 0" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
+    for name in ("trainings", "controls", "runs", "choices", "random_sets"):
+        assert again[name] == results[name]
+    with pytest.raises(ValueError, match="other settings"):
+        compare(tmp_path, "--seeds", "0", "--strategies", "nose")
+
+    # Stopped half-way, and by a version that knew no controls.
+    half = {**results, "trainings": {"seed 0, layers 0": results["trainings"]["seed 0, layers 0"]}}
+    del half["controls"]
+    (tmp_path / "runs.json").write_text(json.dumps(half))
+    completed = compare(tmp_path, *chosen)
+    printed = capsys.readouterr().out
+    assert "layers none: top-1" in printed and "layers 0: top-1" not in printed
+    assert [control["top1_before"] for control in completed["controls"]] == [results["runs"][0]["top1_before"]]
+    assert completed["trainings"]["seed 0, layers none"]["top1"] == results["trainings"]["seed 0, layers none"]["top1"]
+
+
+def test_compare_selections_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):
+    results = compare(
+        tmp_path,
+        "--seeds",
+        "7",
+        "--strategies",
+        "last",
+        "--base_models",
+        digits_vit,
+        "--num_train_images",
+        "400",
+        "--random_sets",
+        "0",
+    )
+    assert results["runs"][0]["layers"] == [3], "not the four layers of the model given"
+    assert results["settings"]["num_train_images"] == 400

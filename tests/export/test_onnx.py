@@ -1,0 +1,96 @@
+"""Exported models give the logits of the models they came from."""
+
+import numpy as np
+import pytest
+import torch
+
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
+from lambda_vit_hf.export import onnx as export
+from lambda_vit_hf.export.onnx import (
+    compare_onnx,
+    export_onnx,
+    export_program,
+    quantize_onnx,
+)
+from tests.conftest import TINY, perturb
+
+
+REMOVED = [0, 2]
+
+
+@pytest.fixture
+def model():
+    """Fewer layers than elsewhere: exporting takes long."""
+    torch.manual_seed(0)
+    return perturb(LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, "num_hidden_layers": 3})))
+
+
+STATES = {
+    "removed": lambda model: model.remove_attention(REMOVED),
+    "folded": lambda model: (model.remove_attention(REMOVED), model.fold_removed_attention()),
+    "prepared": lambda model: (model.remove_attention(REMOVED), model.prepare_for_inference()),
+    "merged": lambda model: (model.remove_attention(REMOVED), model.set_token_merging(2)),
+}
+
+
+@pytest.fixture
+def removed(model):
+    STATES["folded"](model)
+    return model
+
+
+@torch.no_grad()
+def logits(model, images):
+    return model(images).logits.numpy()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_onnx_gives_the_same_logits_for_any_batch(model, state, tmp_path, pixel_values):
+    STATES[state](model)
+    check = export_onnx(model, tmp_path / "model.onnx")
+    assert check.max_difference < 1e-4 and check.top1_agreement == 1.0
+    assert check.file_bytes == (tmp_path / "model.onnx").stat().st_size
+    assert [path.name for path in tmp_path.glob("*.onnx*")] == ["model.onnx"], "the weights belong in the file"
+    seven = pixel_values.repeat(3, 1, 1, 1)[:7]
+    assert compare_onnx(model, tmp_path / "model.onnx", seven).max_difference < 1e-4
+
+
+@pytest.mark.parametrize("state", ["prepared", "merged"])
+def test_torch_export_gives_the_same_logits_for_any_batch(model, state, tmp_path, pixel_values):
+    STATES[state](model)
+    check = export_program(model, tmp_path / "model.pt2")
+    assert check.max_difference < 1e-4
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for images in (pixel_values[:1], pixel_values):
+        np.testing.assert_allclose(loaded(images).detach().numpy(), logits(model, images), atol=1e-4)
+
+
+def test_an_export_that_computes_something_else_is_refused_and_leaves_no_file(removed, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", 1e-12)
+    with pytest.raises(ValueError, match=r"another function \(tolerance 1e-12\)"):
+        export_onnx(removed.eval(), tmp_path / "model.onnx")
+    assert list(tmp_path.glob("*.onnx")) == []
+
+
+def test_what_cannot_be_exported_is_said(removed, tmp_path):
+    with pytest.raises(ValueError, match="eval mode"):
+        export_onnx(removed.train(), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="bfloat16"):
+        export_onnx(removed.eval().bfloat16(), tmp_path / "model.onnx")
+
+
+def test_int8_keeps_the_best_class_and_shrinks_the_file(removed, tmp_path):
+    exact = export_onnx(removed.eval(), tmp_path / "model.onnx")
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    check = compare_onnx(removed, tmp_path / "int8.onnx", images)
+    assert check.num_images == 40 and check.top1_agreement > 0.9
+    assert 0 < check.max_difference < 1.0
+    assert check.file_bytes < exact.file_bytes
+    assert "MatMulInteger" in {node.op_type for node in _graph(tmp_path / "int8.onnx").node}
+
+
+def _graph(path):
+    import onnx
+
+    return onnx.load(path).graph

@@ -1,0 +1,260 @@
+"""Calibration images in every form users have them, even sampling, and random numbers that are put back."""
+
+import random
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lambda_vit_hf.data.sampling import evenly_spaced, fixed_randomness
+from lambda_vit_hf.selection.calibration import CalibrationBatches, SameImages
+
+
+class WithoutLength:
+    """As a streamed dataset behind a DataLoader: can be read again, but not counted."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).reshape(10, 3, 4, 4)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(IMAGES)
+
+
+class Flipping(Dataset):
+    """Images under random augmentation."""
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return IMAGES[index].flip(-1) if random.random() < 0.5 else IMAGES[index]
+
+
+def as_dicts(images):
+    return [{"pixel_values": image, "labels": 0} for image in images]
+
+
+def hugging_face(images, image_format):
+    return datasets.Dataset.from_dict({"pixel_values": images.tolist()}).with_format(image_format)
+
+
+UNBATCHED = {
+    "tensor": lambda: IMAGES,
+    "list of images": lambda: list(IMAGES),
+    "list of dicts": lambda: as_dicts(IMAGES),
+    "list of dicts of arrays": lambda: as_dicts(IMAGES.numpy()),
+    "torch dataset with labels": lambda: TensorDataset(IMAGES, torch.zeros(10)),
+    "datasets.Dataset": lambda: hugging_face(IMAGES, None),
+    "datasets.Dataset of tensors": lambda: hugging_face(IMAGES, "torch"),
+    "datasets.Dataset of arrays": lambda: hugging_face(IMAGES, "numpy"),
+    "stream": Stream,
+    "datasets.IterableDataset": lambda: hugging_face(IMAGES, "torch").to_iterable_dataset(num_shards=2),
+}
+BATCHED = {
+    "list of batches": lambda: list(IMAGES.split(4)),
+    "list of dicts of batches": lambda: as_dicts(IMAGES.split(4)),
+    "DataLoader": lambda: DataLoader(list(IMAGES), batch_size=4),
+    "DataLoader of dicts": lambda: DataLoader(as_dicts(IMAGES), batch_size=4),
+    "DataLoader with labels": lambda: DataLoader(TensorDataset(IMAGES, torch.zeros(10)), batch_size=4),
+    "iterable without length": lambda: WithoutLength(IMAGES.split(4)),
+}
+
+
+@pytest.mark.parametrize("kind", [*UNBATCHED, *BATCHED])
+def test_every_accepted_kind_gives_the_same_images(kind):
+    images = {**UNBATCHED, **BATCHED}[kind]()
+    # Where images are batched already, their own batch size must win.
+    batches = CalibrationBatches(images, batch_size=4 if kind in UNBATCHED else 3)
+    for reading in ("first", "second"):
+        read = list(batches)
+        assert [len(batch) for batch in read] == [4, 4, 2], f"sizes of the {reading} reading"
+        assert torch.equal(torch.cat(read), IMAGES), f"images of the {reading} reading"
+        assert batches.num_images == 10
+
+
+@pytest.mark.parametrize(
+    "one_shot",
+    [
+        lambda: iter([IMAGES]),
+        lambda: (batch for batch in IMAGES.split(4)),
+        lambda: iter(DataLoader(list(IMAGES), batch_size=4)),
+    ],
+    ids=["iterator", "generator", "DataLoader's iterator"],
+)
+def test_an_iterator_that_can_be_read_once_is_refused(one_shot):
+    # NOSE reads the images once per layer: from the second reading on, it would see none.
+    with pytest.raises(ValueError, match="read only once"):
+        CalibrationBatches(one_shot())
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        list,
+        lambda: IMAGES[:0],
+        lambda: TensorDataset(IMAGES[:0]),
+        lambda: datasets.Dataset.from_dict({"pixel_values": []}),
+        lambda: DataLoader([], batch_size=4),
+        lambda: WithoutLength([]),
+    ],
+    ids=["list", "tensor", "torch dataset", "datasets.Dataset", "DataLoader", "iterable"],
+)
+def test_an_empty_calibration_set_is_refused(nothing):
+    with pytest.raises(ValueError, match="empty"):
+        list(CalibrationBatches(nothing()))
+
+
+class Halves:
+    """A processor that makes a tensor of a picture, its values halved."""
+
+    def __call__(self, picture, return_tensors):
+        return {"pixel_values": torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 2}
+
+
+def test_pictures_are_processed():
+    pictures = [PIL.Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in range(6)]
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": pictures}, features=features)
+    for images in (pictures, dataset, dataset.to_iterable_dataset()):
+        read = torch.cat(list(CalibrationBatches(images, 4, Halves())))
+        assert read.shape == (6, 3, 4, 4)
+        assert read[:, 2, 3, 3].tolist() == [0, 0.5, 1, 1.5, 2, 2.5], type(images)
+    with pytest.raises(TypeError, match="image_processor"):
+        CalibrationBatches(pictures)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list of dicts", "list of batches", "stream", "DataLoader"])
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_folds_hold_every_so_many_th_image_and_processes_share_them(kind, num_processes):
+    batches = CalibrationBatches({**UNBATCHED, **BATCHED}[kind](), batch_size=2, num_folds=4)
+    for folds in ([0], [1, 3], [0, 1, 2, 3]):
+        shares = [list(batches.read(folds, rank, num_processes)) for rank in range(num_processes)]
+        read = [
+            (fold, image) for share in shares for images, of in share for fold, image in zip(of, images, strict=True)
+        ]
+        expected = [n for n in range(10) if n % 4 in folds]
+        assert sorted(image[0, 0, 0].item() for _, image in read) == IMAGES[expected, 0, 0, 0].tolist()
+        assert all(image[0, 0, 0].item() in IMAGES[int(fold) :: 4, 0, 0, 0].tolist() for fold, image in read)
+        assert batches.num_images == 10
+
+
+def shuffled(own_generator: bool) -> DataLoader:
+    generator = torch.Generator().manual_seed(0) if own_generator else None
+    return DataLoader(list(IMAGES), batch_size=4, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [lambda: shuffled(False), lambda: shuffled(True), lambda: DataLoader(Flipping(), batch_size=4)],
+    ids=["shuffled", "shuffled by a generator of its own", "augmented"],
+)
+def test_random_loaders_give_the_same_images_at_every_reading(images):
+    batches = CalibrationBatches(images())
+    first, second = (torch.cat(list(batches)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, IMAGES), "nothing random happened"
+
+
+def test_images_that_change_from_one_reading_to_the_next_are_noticed():
+    same = SameImages(num_folds=2)
+    folds = torch.arange(10) % 2
+
+    def read(images):
+        same.forget()
+        for part in (slice(0, 3), slice(3, 10)):
+            same.add(images[part], folds[part])
+        same.check([0, 1])
+
+    read(IMAGES)
+    read(IMAGES)
+    mirrored = IMAGES.clone()
+    mirrored[3] = mirrored[3].flip(-1)
+    for other in (IMAGES.flip(0), mirrored):
+        with pytest.raises(ValueError, match="differ from one reading"):
+            read(other)
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        ([{"image": 1, "label": 0}], "image.*label"),
+        (["a.png"], "str"),
+        ([3], "int"),
+        (IMAGES[0], r"\(3, 4, 4\)"),
+    ],
+    ids=["dict without pixel values", "file names", "numbers", "a single image"],
+)
+def test_items_that_are_no_batches_of_images_say_what_they_are(images, named):
+    with pytest.raises(TypeError, match=named):
+        list(CalibrationBatches(images))
+
+
+@pytest.mark.parametrize(("num_items", "size"), [(10, 1), (10, 3), (10, 9), (1000, 512), (1797, 512), (7, 7)])
+def test_evenly_spaced_indices_are_spread_over_everything(num_items, size):
+    indices = evenly_spaced(num_items, size)
+    assert len(indices) == size
+    assert indices[0] == 0 and indices[-1] < num_items
+    # The gap behind the last index counts too: the end must not be left out.
+    gaps = np.diff([*indices, num_items])
+    assert gaps.min() >= 1, f"an index occurs twice: {indices}"
+    assert gaps.max() - gaps.min() <= 1, f"the gaps are uneven: {indices}"
+
+
+@pytest.mark.parametrize("size", [None, 5, 6, 1000])
+def test_fewer_items_than_wanted_are_all_taken(size):
+    assert evenly_spaced(5, size) == [0, 1, 2, 3, 4]
+
+
+def test_evenly_spaced_indices_meet_every_class_of_a_sorted_dataset():
+    labels = [label for label in range(10) for _ in range(100)]
+    assert [labels[index] for index in evenly_spaced(1000, 10)] == list(range(10))
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_random_numbers_inside_depend_on_the_seed_only():
+    drawn = []
+    for outer_seed, seed in ((1, 7), (2, 7), (1, 8)):
+        random.seed(outer_seed), np.random.seed(outer_seed), torch.manual_seed(outer_seed)
+        with fixed_randomness(seed):
+            drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True)), "another seed gives the same numbers"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["normally", "by an exception"])
+def test_random_numbers_go_on_undisturbed_after_leaving(fails):
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    undisturbed = draw()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    try:
+        with fixed_randomness(0):
+            draw()
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert draw() == undisturbed
+
+
+def test_random_numbers_of_a_gpu_are_left_alone(monkeypatch):
+    # torch.manual_seed seeds the GPUs too, and nothing puts their state back: each augmented image would restart
+    # the dropout and stochastic depth of a model that trains on one.
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with fixed_randomness(0):
+        draw()
+    assert seeded == [], "the GPUs' generators were seeded"

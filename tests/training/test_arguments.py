@@ -1,0 +1,154 @@
+"""Recipes and the command line: which wins, and what is refused before anything starts."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from lambda_vit_hf.training.arguments import (
+    PROGRAM_ARGUMENTS,
+    DataArguments,
+    ModelArguments,
+    RemovalArguments,
+    parse_arguments,
+)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and returns its path as the command line has it."""
+
+    def write(text: str, name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def removal(*argv: str) -> RemovalArguments:
+    (arguments,) = parse_arguments(list(argv), [RemovalArguments])
+    return arguments
+
+
+def test_without_arguments_the_defaults_hold():
+    assert removal() == RemovalArguments()
+
+
+def test_a_recipe_replaces_defaults_and_the_command_line_replaces_the_recipe(recipe):
+    path = recipe("calibration_size: 64\nstrategy: first\n")
+    arguments = removal(path, "--strategy", "last")
+    assert (arguments.calibration_size, arguments.strategy, arguments.mask) == (64, "last", "skip")
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_both_endings_of_yaml_are_recipes(recipe, suffix):
+    assert removal(recipe("num_layers: 2\n", f"recipe.{suffix}")).num_layers == 2
+
+
+def test_each_dataclass_gets_its_own_fields(recipe):
+    path = recipe("image_size: 8\ndataset_name: digits\nnum_layers: 6\n")
+    model, data, remove = parse_arguments([path], [ModelArguments, DataArguments, RemovalArguments])
+    assert (model.image_size, data.dataset_name, remove.num_layers) == (8, "digits", 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5e-4", 5e-4), ("1.0e-3", 1e-3), ("2", 2.0), ("'1e-2'", 1e-2)], ids=lambda value: str(value)
+)
+def test_numbers_are_numbers_however_yaml_reads_them(recipe, text, value):
+    # YAML 1.1 takes 5e-4, without a dot, for text.
+    (model,) = parse_arguments([recipe(f"base_learning_rate: {text}\n")], [ModelArguments])
+    assert model.base_learning_rate == value and isinstance(model.base_learning_rate, float)
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("no", False), ("'false'", False)])
+def test_switches_in_a_recipe_are_switches(recipe, text, value):
+    assert removal(recipe(f"fold: {text}\n")).fold is value
+
+
+def test_a_switch_of_the_recipe_can_be_undone(recipe):
+    assert removal(recipe("fold: false\n"), "--fold", "true").fold is True
+    assert removal(recipe("fold: true\n"), "--no_fold").fold is False
+
+
+def test_lists_and_nothing_can_stand_in_a_recipe(recipe):
+    arguments = removal(recipe("layers: [0, 2, 5]\noutput: null\n"))
+    assert (arguments.layers, arguments.output) == ([0, 2, 5], None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--layers", "0", "1"], (None, None, [0, 1])),
+        (["--removal_ratio", "0.5"], (0.5, None, None)),
+        (["--removal_ratio=0.5"], (0.5, None, None)),
+        (["--num_layers", "3"], (None, 3, None)),
+        (["--removal-ratio", "0.5"], (0.5, None, None)),
+        (["--removal_rat", "0.5"], (0.5, None, None)),
+        ([], (None, 6, None)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_another_way_to_name_the_layers_replaces_the_recipes(recipe, argv, expected):
+    # The callback takes exactly one of the three; argparse also takes dashes and unique beginnings.
+    arguments = removal(recipe("num_layers: 6\n"), *argv)
+    assert (arguments.removal_ratio, arguments.num_layers, arguments.layers) == expected
+
+
+def test_a_dataset_folder_replaces_the_recipes_dataset(recipe):
+    (data,) = parse_arguments([recipe("dataset_name: digits\n"), "--dataset_dir", "pets"], [DataArguments])
+    assert (data.dataset_name, data.dataset_dir) == (None, "pets")
+
+
+def test_an_unknown_field_of_a_recipe_is_named(recipe):
+    with pytest.raises(ValueError, match=r"num_layer'.*ratoi"):
+        removal(recipe("num_layer: 3\nratoi: 0.4\nstrategy: nose\n"))
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(ValueError, match="--num_layerz"):
+        removal("--num_layerz", "3")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"recipe .*no-such\.yaml does not exist"):
+        removal(str(tmp_path / "no-such.yaml"))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- num_layers\n- 3\n", "list"), ("num_layers 3\n", "str"), ("", "None")])
+def test_a_recipe_that_is_no_mapping_says_what_it_is(recipe, text, kind):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml must map.*{kind}"):
+        removal(recipe(text))
+
+
+def test_a_value_of_the_wrong_type_is_named(recipe, capsys):
+    with pytest.raises(SystemExit):
+        removal(recipe("num_layers: two\n"))
+    assert "num_layers" in (message := capsys.readouterr().err) and "two" in message
+
+
+def test_a_recipe_cannot_run_code(recipe, tmp_path):
+    path = recipe(f"strategy: !!python/object/apply:os.mkdir ['{tmp_path / 'harm'}']\n")
+    with pytest.raises(yaml.YAMLError, match="python/object"):
+        removal(path)
+    assert not (tmp_path / "harm").exists()
+
+
+@dataclass
+class _Demanding:
+    target: str = field(metadata={"help": "Has no default."})
+
+
+def test_a_recipe_can_give_what_is_required(recipe):
+    (arguments,) = parse_arguments([recipe("target: here\n")], [_Demanding])
+    assert arguments.target == "here"
+    with pytest.raises(SystemExit):
+        parse_arguments([], [_Demanding])
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--help"], PROGRAM_ARGUMENTS)
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    names = [name for kind in PROGRAM_ARGUMENTS for name in kind.__dataclass_fields__]
+    assert [name for name in names if f"--{name}" not in shown] == []

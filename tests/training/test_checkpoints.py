@@ -1,0 +1,137 @@
+"""Which checkpoint is whole: real files, then each kind of damage a killed run leaves behind."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lambda_vit_hf.training.checkpoints import find_resumable_checkpoint, what_is_broken
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """What the Trainer writes, small."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "lambda_vit", "attention_flags": [True, False]}))
+    save_file({"weight": torch.ones(8, 8)}, folder / "model.safetensors")
+    parameter = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(torch.optim.lr_scheduler.ConstantLR(optimizer).state_dict(), folder / "scheduler.pt")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}, indent=2))
+    return folder
+
+
+FILES = ("trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint-10")
+
+
+def test_a_whole_checkpoint_is_found(checkpoint):
+    assert what_is_broken(checkpoint) is None
+    assert what_is_broken(str(checkpoint)) is None
+    assert find_resumable_checkpoint(str(checkpoint.parent)) == checkpoint
+
+
+def test_several_processes_have_a_random_state_each(checkpoint):
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    torch.save({}, checkpoint / "rng_state_1.pth")
+    assert what_is_broken(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_noticed(checkpoint, name):
+    (checkpoint / name).unlink()
+    problem = what_is_broken(checkpoint)
+    expected = {"model.safetensors": "weights", "rng_state.pth": "rng_state"}.get(name, name)
+    assert problem is not None and problem.startswith("no ") and expected in problem
+    assert find_resumable_checkpoint(checkpoint.parent) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_anywhere_is_noticed(checkpoint, name):
+    whole = (checkpoint / name).read_bytes()
+    for length in (0, 1, len(whole) // 4, len(whole) // 2, len(whole) * 3 // 4, len(whole) - 1):
+        (checkpoint / name).write_bytes(whole[:length])
+        problem = what_is_broken(checkpoint)
+        assert problem is not None, f"{name} with {length} of {len(whole)} bytes passed as whole"
+        assert name in problem and "cut short" in problem
+    (checkpoint / name).write_bytes(whole)
+    assert what_is_broken(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_zeros_is_noticed(checkpoint, name):
+    # What a crashed machine leaves, where the length reached the disk but the content did not.
+    path = checkpoint / name
+    path.write_bytes(bytes(path.stat().st_size))
+    assert name in (what_is_broken(checkpoint) or "nothing"), f"{name} full of zeros passed as whole"
+
+
+def test_a_damaged_shard_is_noticed(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    (checkpoint / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert "model-00002-of-00002.safetensors" in what_is_broken(checkpoint)
+
+
+def test_the_newest_by_number_is_found_not_by_alphabet(tmp_path):
+    for step in (9, 10, 100):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert find_resumable_checkpoint(tmp_path).name == "checkpoint-100"
+    (tmp_path / "checkpoint-100" / "trainer_state.json").unlink()
+    assert find_resumable_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_an_incomplete_newest_is_passed_over_and_named(tmp_path, caplog):
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-15" / "trainer_state.json").unlink()
+    optimizer = tmp_path / "checkpoint-10" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING, logger="lambda_vit_hf"):
+        assert find_resumable_checkpoint(tmp_path).name == "checkpoint-5"
+    newest, second = caplog.messages
+    assert "checkpoint-15" in newest and "no trainer_state.json" in newest
+    assert "checkpoint-10" in second and "optimizer.pt is cut short" in second
+
+
+def test_nothing_is_logged_where_the_newest_is_whole(checkpoint, caplog):
+    (checkpoint.parent / "checkpoint-5").mkdir()
+    assert find_resumable_checkpoint(checkpoint.parent) == checkpoint
+    assert caplog.messages == []
+
+
+def test_only_incomplete_checkpoints_are_none(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    assert find_resumable_checkpoint(tmp_path) is None
+
+
+def test_no_checkpoints_are_none(tmp_path):
+    assert find_resumable_checkpoint(tmp_path) is None
+    assert find_resumable_checkpoint(tmp_path / "no-such-folder") is None
+
+
+def test_other_names_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-", "checkpoint-best", "checkpoint-10-old", "tmp-checkpoint-10", "checkpoint-1e3"):
+        write_checkpoint(tmp_path / name)
+    assert find_resumable_checkpoint(tmp_path) is None
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_passed_over(checkpoint):
+    (checkpoint.parent / "checkpoint-11").write_text("an archive, or a note")
+    assert find_resumable_checkpoint(checkpoint.parent) == checkpoint
+
+
+def test_a_missing_shard_is_noticed(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors" in what_is_broken(checkpoint)

@@ -1,0 +1,219 @@
+import copy
+
+import pytest
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from lambda_vit_hf.training.losses import ClassificationLoss, DistillationLoss, images_averaged_over
+from tests.conftest import perturb
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return (3 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+
+
+@pytest.fixture
+def soft_labels() -> torch.Tensor:
+    return torch.rand(8, 5, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
+
+
+HARD = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+
+
+def test_soft_labels_give_timms_loss(logits, soft_labels):
+    loss = ClassificationLoss()({"logits": logits}, soft_labels)
+    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits, soft_labels))
+
+
+def test_hard_labels_give_timms_smoothed_loss_in_training_and_plain_cross_entropy_in_evaluation(logits):
+    loss = ClassificationLoss(label_smoothing=0.1)
+    torch.testing.assert_close(loss({"logits": logits}, HARD), LabelSmoothingCrossEntropy(0.1)(logits, HARD))
+    plain = torch.nn.functional.cross_entropy(logits, HARD).detach()
+    torch.testing.assert_close(loss({"logits": logits.detach()}, HARD), plain)
+
+
+def test_images_without_label_are_left_out(logits):
+    labels = HARD.clone()
+    labels[2:] = -100
+    for smoothing, reference in ((0.0, torch.nn.CrossEntropyLoss()), (0.1, LabelSmoothingCrossEntropy(0.1))):
+        torch.testing.assert_close(
+            ClassificationLoss(smoothing)({"logits": logits}, labels), reference(logits[:2], HARD[:2])
+        )
+    assert ClassificationLoss()({"logits": logits}, torch.full((8,), -100)) == 0.0
+
+
+def test_the_number_of_images_is_counted_as_the_trainer_counts_elements(logits, soft_labels):
+    # Two batches of one optimizer step: 8 and 2 images of 5 classes.
+    assert images_averaged_over(soft_labels, torch.tensor(50)) == 10
+    assert images_averaged_over(HARD, 10) == 10
+    assert images_averaged_over(HARD) == 8
+    total = SoftTargetCrossEntropy()(logits, soft_labels) * 8
+    torch.testing.assert_close(ClassificationLoss()({"logits": logits}, soft_labels, torch.tensor(50)), total / 10)
+
+
+def test_half_precision_logits_lose_no_digits_in_the_loss(logits, soft_labels):
+    half = logits.detach().bfloat16()
+    loss = ClassificationLoss()({"logits": half}, soft_labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(half.float(), soft_labels))
+
+
+def test_labels_that_do_not_fit_are_refused(logits):
+    with pytest.raises(ValueError, match="needs `labels`"):
+        ClassificationLoss()({"logits": logits}, None)
+    with pytest.raises(ValueError, match=r"\(8, 4\) do not fit"):
+        ClassificationLoss()({"logits": logits}, torch.ones(8, 4))
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        ClassificationLoss(1.0)
+
+
+class Images(Dataset):
+    def __init__(self, soft: bool):
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(12, 3, 16, 16, generator=generator)
+        self.labels = torch.rand(12, 5, generator=generator).softmax(-1) if soft else torch.arange(12) % 5
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+class DistillingTrainer(Trainer):
+    """As the example of `DistillationLoss` says."""
+
+    distillation = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        images = images_averaged_over(inputs["labels"], num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            images = images / self.accelerator.num_processes
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distillation is not None:
+            loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, images)
+        return (loss, outputs) if return_outputs else loss
+
+
+def gradient_of_one_step(model, folder, soft, distill, batch, accumulate, average=True) -> torch.Tensor:
+    """The whole dataset in one optimizer step, at learning rate 0; the gradient is caught before it is cleared."""
+    model = copy.deepcopy(model)
+    trainer = DistillingTrainer(
+        model=model,
+        args=TrainingArguments(
+            str(folder), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+            learning_rate=0.0, max_grad_norm=0.0, report_to="none", disable_tqdm=True, use_cpu=True,
+            save_strategy="no", dataloader_pin_memory=False, average_tokens_across_devices=average,
+        ),
+        train_dataset=Images(soft),
+        compute_loss_func=ClassificationLoss(label_smoothing=0.1),
+    )  # fmt: skip
+    if distill:
+        trainer.distillation = DistillationLoss(perturb(copy.deepcopy(model), seed=9), kind=distill)
+    caught = []
+    model.classifier.weight.register_post_accumulate_grad_hook(lambda parameter: caught.append(parameter.grad.clone()))
+    trainer.train()
+    return caught[-1]
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize(("soft", "distill"), [(True, None), (False, None), (True, "soft"), (False, "hard")])
+def test_accumulated_gradients_are_those_of_one_large_batch(model, tmp_path, soft, distill, average):
+    whole = gradient_of_one_step(model, tmp_path, soft, distill, 12, 1, average)
+    assert whole.abs().max() > 1e-3
+    # 5, 5 and 2 images: the last batch is smaller.
+    accumulated = gradient_of_one_step(model, tmp_path, soft, distill, 5, 3, average)
+    torch.testing.assert_close(accumulated, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_the_trainer_evaluates_hard_labels_by_plain_cross_entropy(model, tmp_path):
+    trainer = DistillingTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True),
+        eval_dataset=Images(soft=False),
+        compute_loss_func=ClassificationLoss(label_smoothing=0.1),
+    )
+    trainer.distillation = DistillationLoss(perturb(copy.deepcopy(model), seed=9))
+    expected = torch.nn.functional.cross_entropy(model(Images(False).images).logits, Images(False).labels)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_soft_distillation_is_timms(model, pixel_values):
+    from timm.task.distillation import LogitDistillationTask
+
+    student, teacher = perturb(copy.deepcopy(model), seed=4), model
+
+    class Logits(torch.nn.Module):
+        def __init__(self, classifier):
+            super().__init__()
+            self.classifier = classifier
+
+        def forward(self, images, return_features=False):
+            return self.classifier(images).logits
+
+        def normalize_input(self, images, mean, std):
+            return images
+
+    task = LogitDistillationTask.__new__(LogitDistillationTask)
+    torch.nn.Module.__init__(task)
+    task.trainable_module, task.teacher = Logits(student), Logits(teacher)
+    task.criterion, task.temperature, task.student_mean, task.student_std = SoftTargetCrossEntropy(), 3.0, None, None
+    task.task_loss_weight, task.distill_loss_weight = 0.25, 0.75
+    targets = torch.eye(5)[:3]
+    theirs = task(pixel_values, targets)["loss"]
+    logits = student(pixel_values).logits
+    base = ClassificationLoss()({"logits": logits}, targets)
+    ours = DistillationLoss(teacher, alpha=0.75, temperature=3.0)(pixel_values, logits, base)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_hard_distillation_takes_the_teachers_class_as_label(model, pixel_values):
+    student = perturb(copy.deepcopy(model), seed=4)
+    logits = student(pixel_values).logits
+    loss = DistillationLoss(model, alpha=0.3, kind="hard")(pixel_values, logits, torch.tensor(2.0))
+    told = torch.nn.functional.cross_entropy(logits, model(pixel_values).logits.argmax(-1))
+    torch.testing.assert_close(loss, 0.7 * 2.0 + 0.3 * told)
+
+
+def test_the_teacher_is_a_copy_that_is_never_trained(model, pixel_values):
+    model.train()
+    distillation = DistillationLoss(model)
+    assert not distillation.teacher.training and model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    logits = model(pixel_values).logits
+    distillation(pixel_values, logits, logits.sum() * 0).backward()
+    assert model.classifier.weight.grad.abs().max() > 0
+    assert all(one.grad is None and not one.requires_grad for one in distillation.teacher.parameters())
+
+
+def test_in_evaluation_only_the_base_loss_is_returned_and_the_teacher_rests(model, pixel_values):
+    distillation = DistillationLoss(model)
+    distillation.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    base = torch.tensor(1.25)
+    with torch.no_grad():
+        assert distillation(pixel_values, model(pixel_values).logits, base) is base
+
+
+def test_a_checkpoint_holds_no_teacher(model, tmp_path):
+    trainer = DistillingTrainer(
+        model=model, args=TrainingArguments(str(tmp_path), report_to="none"), compute_loss_func=ClassificationLoss()
+    )
+    trainer.distillation = DistillationLoss(model)
+    assert not [name for name in trainer.model.state_dict() if "teacher" in name]
+
+
+def test_impossible_distillation_is_refused(model, pixel_values):
+    for settings, message in (
+        (dict(alpha=1.5), "alpha"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(kind="warm"), "kind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillationLoss(model, **settings)
+    with pytest.raises(ValueError, match="same classes"):
+        DistillationLoss(model)(pixel_values, torch.zeros(3, 4, requires_grad=True), torch.tensor(0.0))
