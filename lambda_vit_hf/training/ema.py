@@ -13,8 +13,6 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
-from ..models.blocks import LambdaViTLayer
-
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +104,6 @@ class EmaCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.average.update(model)
-        for mine, theirs in zip(self.average.module.modules(), model.modules(), strict=True):
-            if isinstance(theirs, LambdaViTLayer):
-                mine.attention_state = theirs.attention_state  # follows the lambda that was copied with the buffers
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._remember_checkpoint(args, state)
