@@ -102,3 +102,27 @@ def set_image_size(embeddings: nn.Module, config, image_size: int | tuple[int, i
     embeddings.patch_embeddings.num_patches = grid[0] * grid[1]
     config.image_size = image_size if isinstance(image_size, int) else list(image_size)
     embeddings.image_size = embeddings.patch_embeddings.image_size = as_pair(image_size)
+
+
+@torch.no_grad()
+def use_interpolated_positions(embeddings: nn.Module, config, image_size: int) -> None:
+    """
+    Store, for square images of another size, the position embeddings that a family's own `interpolate_pos_encoding`
+    makes at every call.
+
+    Raises:
+        ValueError: if a side is no multiple of the patch size, or the sides differ: such a family takes what it has
+            stored for a square. Nothing is changed then.
+    """
+    height, width = patch_grid(image_size, config.patch_size)
+    sides = as_pair(image_size)
+    if sides[0] != sides[1] or height != width:
+        raise ValueError(f"{type(embeddings).__name__} stores positions of square images, got {image_size!r}.")
+    positions = embeddings.position_embeddings
+    num_prefix_tokens = positions.shape[1] - math.prod(stored_grid(config.image_size, config.patch_size))
+    tokens = positions.new_zeros(1, num_prefix_tokens + height * width, positions.shape[-1])
+    resized = embeddings.interpolate_pos_encoding(tokens, *sides)
+    embeddings.position_embeddings = nn.Parameter(resized.clone(), requires_grad=positions.requires_grad)
+    embeddings.patch_embeddings.num_patches = height * width
+    embeddings.patch_embeddings.image_size = sides
+    config.image_size = sides[0]

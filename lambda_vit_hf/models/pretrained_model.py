@@ -227,11 +227,13 @@ class LambdaPreTrainedModel(InferenceMixin):
         for layer, eps in zip(self.encoder_layers, epsilons, strict=True):
             for norm in layer.stream_norms():
                 norm.eps = eps
-        self.base_model.get_submodule(self._final_norm).eps = epsilons[-1]
+        if self._final_norm is not None:
+            self.base_model.get_submodule(self._final_norm).eps = epsilons[-1]
 
-    def _run_blocks(self, forward: Callable, pixel_values, attention_mask=None, **kwargs):
+    def _run_blocks(self, forward: Callable, inputs: torch.Tensor, attention_mask=None, **kwargs):
         """
-        transformers' `forward` of a base model, with what its blocks have to know of this call where tokens get fewer.
+        transformers' `forward` of what loops over the blocks, with what they have to know of this call where tokens
+        get fewer.
 
         Recorded `hidden_states` of a folded model are given as the paper's, as large as in an unfolded one.
         """
@@ -248,7 +250,7 @@ class LambdaPreTrainedModel(InferenceMixin):
         if any(schedule) or only_class_token:
             last = self.config.kept_layers[-1] if only_class_token else None
             kwargs["token_flow"] = TokenFlow(schedule, last)
-        outputs = forward(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
         if outputs.hidden_states is not None and self.config.fold_removed:
             pairs = zip(outputs.hidden_states, self.stream_scales(), strict=True)
             outputs["hidden_states"] = tuple(None if x is None else x * scale for x, scale in pairs)
