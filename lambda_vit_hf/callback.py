@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from .calibration import evenly_spaced, fixed_randomness
 from .dilution import DilutionSchedule
+from .guards import OneModelInAllProcesses, check_model_is_whole
 from .hub import keep_back_private_files
 from .loading import check_finished
 from .model_card import facts_of_training, model_size, push_with_card, write_model_card
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 GRANULARITIES = ("step", "epoch")
 
 
-class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
+class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     """
     Selects attention layers when training starts, lets them fade into the identity, and removes them when it ends.
 
@@ -35,7 +35,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     `trainer.push_to_hub()` ship the small one, with its model card in place of the Trainer's; a README.md of the user
     is added to. A `.gitignore` makes the Hub leave out `training_args.bin` (it may hold `hub_token`), optimizer state,
     `base/` and `runs/`. A push is refused while lambda is not 1 in a layer that has attention, but for the backups of
-    `hub_strategy="every_save"`: their card and a tag say that training is in progress. While lambda is above 0 no
+    `hub_strategy="every_save"`: their card and a tag say that training is in progress. Several processes must train one
+    model: they compare gradients and weights, see [`~lambda_vit_hf.guards.OneModelInAllProcesses`]. While lambda is above 0 no
     checkpoint can become the best one: its metric is not that of the removed model. A resumed run takes selection and
     schedule from its checkpoint.
 
@@ -56,8 +57,8 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: on contradictory arguments, at once; on arguments that do not fit the model, when the Trainer is
-            built; where a resumed run's settings differ from its checkpoint's, before the first step; on such a push.
-        RuntimeError: if training ends while lambda is above 0. Nothing is removed then.
+            built, as on FSDP and DeepSpeed; where a resumed run's settings differ from its checkpoint's, before the first step; on such a push.
+        RuntimeError: if training ends while lambda is above 0, or the processes' models differ. Nothing is removed then.
 
     Source: Lin et al., CVPR 2024, section 3; https://github.com/huggingface/transformers/issues/48805 for resuming.
 
@@ -98,6 +99,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 "`strategy` must be a name, for a checkpoint keeps it. For a function of your own, call"
                 " `select_attention_layers` first and pass its `layers`."
             )
+        super().__init__()
         check_options(None, strategy, output, mask, compare)
         # Checks shape and hold_share, for a training of any length.
         DilutionSchedule(total_steps=1000, hold_share=hold_share, shape=schedule)
@@ -123,8 +125,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
             self._check_model(model)
+            check_model_is_whole(model, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        super().on_train_begin(args, state, control)
         self.card_facts = {}
         if self._is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", self.selection.layers)
@@ -173,6 +177,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        super().on_train_end(args, state, control, model=model)
         if self._is_diluting(model):
             raise RuntimeError(
                 f"Training ended at step {state.global_step} of {state.max_steps}, but attention layers"

@@ -1,0 +1,157 @@
+"""Two processes train one model: equal weights in both, and those of one process with the same global batch."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf.trainer import ImageClassificationTrainer
+
+from .conftest import in_two_processes
+from .small_training import make_trainer
+from .test_training import run
+
+
+# Each: options in two processes; options in one process with the same images in each step (`None`: there are none).
+PROGRAM_RUNS = {
+    "from a new model": (["--base_num_train_epochs", 0.3], ["--base_num_train_epochs", 0.3]),
+    "interrupted": (["--save_strategy", "steps", "--save_steps", 8], []),
+    "resumed": (["--resume_from_checkpoint", "interrupted/checkpoint-8"], []),
+    "accumulated": (["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2], []),
+    "averaged": (["--ema_decay", 0.5], ["--ema_decay", 0.5]),
+    "best": (2 * [*"--load_best_model_at_end true --save_strategy steps --save_steps 3 --eval_strategy steps".split(),
+                  *"--eval_steps 3 --metric_for_best_model loss".split()],) * 2,
+    "streamed": (["--streaming", "true", "--shuffle_buffer_size", 50], None),
+}  # fmt: skip
+# Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero.
+DETERMINISTIC = """
+--drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
+--save_strategy no --layers 1 2
+""".split()  # less than an epoch: its last batch, which is not full, is filled up differently by two processes
+
+TRAINER_RUNS = {
+    "plain": {},
+    "interrupted": {"save_strategy": "steps", "save_steps": 6},
+    "resumed": {"resume": "interrupted/checkpoint-6"},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "averaged": {"ema": 0.5},
+    "best": {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps",
+             "eval_steps": 4, "metric_for_best_model": "loss"},
+    "evaluated on start": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 6},
+    "a copy was evaluated": {"evaluate_copy": True},
+}  # fmt: skip
+
+
+def start_model(folder: str, runs: Path, name: str) -> list:
+    return [] if name == "from a new model" else ["--model_name_or_path", Path(folder)]
+
+
+def train_with_program(base: str, runs: str, rank: int) -> None:
+    """All of `PROGRAM_RUNS`; this process's weights go beside each output folder."""
+    save_model = ImageClassificationTrainer.save_model
+
+    def keep_own_weights(trainer, *arguments, **options):
+        save_file(trainer.model.state_dict(), weights_of(trainer.args.output_dir, rank))
+        save_model(trainer, *arguments, **options)
+
+    ImageClassificationTrainer.save_model = keep_own_weights
+    for name, (options, _) in PROGRAM_RUNS.items():
+        options = [Path(runs, option) if str(option).startswith("interrupted") else option for option in options]
+        options = ["--per_device_train_batch_size", 64, *options, *start_model(base, runs, name)]
+        run(Path(runs, name), *DETERMINISTIC, *options)
+
+
+def weights_of(output_dir, rank: int) -> str:
+    return f"{output_dir}.process{rank}.safetensors"
+
+
+def train_with_trainer(vit: str, runs: str, batch: int, name: str, resume=None, ema=None, evaluate_copy=False, **more):
+    model = LambdaViTForImageClassification.from_pretrained(vit)
+    callbacks = [*([EmaCallback(ema)] if ema else []), EntropyGuidedRemovalCallback(num_layers=2)]
+    arguments = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.1, **more}
+    if evaluate_copy:
+        make_trainer(copy.deepcopy(model), Path(runs, name), [], **arguments).evaluate()
+    trainer = make_trainer(model, Path(runs, name), callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume and str(Path(runs, resume)))
+    return model.state_dict()
+
+
+def train_with_trainer_in_two(vit: str, runs: str, rank: int) -> None:
+    for name, options in TRAINER_RUNS.items():
+        state = train_with_trainer(vit, runs, 4, name, **options)
+        save_file(state, weights_of(Path(runs, name), rank))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model for digits, with its image processor, as the program trains it."""
+    folder = tmp_path_factory.mktemp("start")
+    run(folder / "out", *DETERMINISTIC, "--base_num_train_epochs", 0.3, "--max_steps", 4)
+    return folder / "out" / "base"
+
+
+@pytest.fixture(scope="module")
+def programs(base, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("programs")
+    in_two_processes(train_with_program, str(base), str(runs))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    from .conftest import TINY
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("start") / "vit"
+    LambdaViTForImageClassification(LambdaViTForImageClassification.config_class(**TINY)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainers(start, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("trainers")
+    in_two_processes(train_with_trainer_in_two, str(start), str(runs))
+    return runs
+
+
+def assert_equal_in_both(output_dir: Path) -> dict[str, torch.Tensor]:
+    first, second = (load_file(weights_of(output_dir, rank)) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    differences = {name: (value - second[name]).abs().max().item() for name, value in first.items()}
+    assert max(differences.values()) == 0, f"the processes' weights differ: {differences}"
+    return first
+
+
+def assert_close(weights: dict, expected: dict) -> None:
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        # Float32 sums in another order, over a dozen steps.
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
+        )
+
+
+@pytest.mark.parametrize("name", PROGRAM_RUNS)
+def test_the_program_trains_one_model_in_two_processes(programs, base, name, tmp_path):
+    weights = assert_equal_in_both(programs / name)
+    saved = load_file(programs / name / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in weights.items())
+    options = PROGRAM_RUNS[name][1]
+    if options is not None:
+        run(tmp_path / "one", *DETERMINISTIC, *options, *start_model(base, tmp_path, name))
+        assert_close(weights, load_file(tmp_path / "one" / "model.safetensors"))
+
+
+def test_the_base_model_is_one_in_two_processes(programs):
+    assert_equal_in_both(programs / "from a new model" / "base-training")
+
+
+@pytest.mark.parametrize("name", TRAINER_RUNS)
+def test_a_plain_trainer_trains_one_model_in_two_processes(trainers, start, name, tmp_path):
+    weights = assert_equal_in_both(trainers / name)
+    options = {"ema": 0.5} if name == "averaged" else TRAINER_RUNS["best"] if name == "best" else {}
+    assert_close(weights, train_with_trainer(str(start), str(tmp_path), 8, "one", **options))
