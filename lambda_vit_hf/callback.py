@@ -35,10 +35,9 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     `trainer.push_to_hub()` ship the small one, with its model card in place of the Trainer's; a README.md of the user
     is added to. A `.gitignore` makes the Hub leave out `training_args.bin` (it may hold `hub_token`), optimizer state,
     `base/` and `runs/`. A push is refused while lambda is not 1 in a layer that has attention, but for the backups of
-    `hub_strategy="every_save"`: their card and a tag say that training is in progress. Several processes must train one
-    model: they compare gradients and weights, see [`~lambda_vit_hf.guards.OneModelInAllProcesses`]. While lambda is above 0 no
+    `hub_strategy="every_save"`: their card and a tag say that training is in progress. While lambda is above 0 no
     checkpoint can become the best one: its metric is not that of the removed model. A resumed run takes selection and
-    schedule from its checkpoint.
+    schedule from its checkpoint. Several processes make sure that they train one model ([`OneModelInAllProcesses`]).
 
     Args:
         removal_ratio (`float`, *optional*): fraction of the attention layers to remove, in [0, 1]; or
@@ -56,9 +55,10 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         fold (`bool`, *optional*, defaults to `True`): fold the removed layers' identity into the weights.
 
     Raises:
-        ValueError: on contradictory arguments, at once; on arguments that do not fit the model, when the Trainer is
-            built, as on FSDP and DeepSpeed; where a resumed run's settings differ from its checkpoint's, before the first step; on such a push.
-        RuntimeError: if training ends while lambda is above 0, or the processes' models differ. Nothing is removed then.
+        ValueError: on contradictory arguments, at once; on arguments that do not fit the model, and on FSDP and
+            DeepSpeed, when the Trainer is built; where a resumed run's settings differ from its checkpoint's, before
+            the first step; on such a push.
+        RuntimeError: if training ends while lambda is above 0, or processes differ. Nothing is removed then.
 
     Source: Lin et al., CVPR 2024, section 3; https://github.com/huggingface/transformers/issues/48805 for resuming.
 
@@ -125,7 +125,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
             self._check_model(model)
-            check_model_is_whole(model, type(self).__name__)
+            check_model_is_whole(model, args, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         super().on_train_begin(args, state, control)

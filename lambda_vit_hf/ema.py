@@ -90,7 +90,7 @@ class EmaCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         from timm.utils import ModelEmaV3
 
-        check_model_is_whole(model, type(self).__name__)
+        check_model_is_whole(model, args, self._name)
         self._check_order(state)
         is_half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.average = ModelEmaV3(

@@ -77,7 +77,7 @@ def check_weights_agree(model: torch.nn.Module, args, what: str) -> None:
 
 def differing_between_processes(tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
     """
-    Names of the tensors that are not the same, to the bit, in all processes. All must ask together; all get the answer.
+    Names of the tensors that are not the same, to the bit, in all processes. All must ask together, all are answered.
 
     Args:
         tensors: names and tensors, the same names in every process.
@@ -97,20 +97,20 @@ def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(as_integer).sum(dtype=torch.int64)
 
 
-def check_model_is_whole(model: torch.nn.Module, what: str) -> None:
+def check_model_is_whole(model: torch.nn.Module, args, what: str) -> None:
     """
     Raises:
-        ValueError: if the Trainer splits the model up among processes, however it was told to.
+        ValueError: if the Trainer splits the model up among processes, whether its arguments or a launcher said so.
     """
     from accelerate import DistributedType
     from accelerate.state import AcceleratorState
 
-    kind = AcceleratorState().distributed_type
-    is_split = getattr(model, "is_distributed_loading_by_transformers", False)
-    if is_split or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    launched = AcceleratorState().distributed_type
+    is_split = launched in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if is_split or args.fsdp or args.deepspeed or getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError(
-            f"{what} needs the whole model in each process, but {'its loader' if is_split else kind.value} splits it"
-            " up: train with DistributedDataParallel (`accelerate launch --multi_gpu`), without FSDP and DeepSpeed."
+            f"{what} needs the whole model in each process: train with DistributedDataParallel, as several processes"
+            " do by default, without FSDP, DeepSpeed or anything else that splits it up."
         )
 
 

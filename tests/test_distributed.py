@@ -1,6 +1,7 @@
 """Two processes train one model: equal weights in both, and those of one process with the same global batch."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf.guards import OneModelInAllProcesses
 from lambda_vit_hf.trainer import ImageClassificationTrainer
 
 from .conftest import in_two_processes
-from .small_training import make_trainer
+from .small_training import Blobs, make_trainer
 from .test_training import run
 
 
@@ -46,8 +48,8 @@ TRAINER_RUNS = {
 }  # fmt: skip
 
 
-def start_model(folder: str, runs: Path, name: str) -> list:
-    return [] if name == "from a new model" else ["--model_name_or_path", Path(folder)]
+def from_base(base: str, name: str) -> list:
+    return [] if name == "from a new model" else ["--model_name_or_path", base]
 
 
 def train_with_program(base: str, runs: str, rank: int) -> None:
@@ -61,7 +63,7 @@ def train_with_program(base: str, runs: str, rank: int) -> None:
     ImageClassificationTrainer.save_model = keep_own_weights
     for name, (options, _) in PROGRAM_RUNS.items():
         options = [Path(runs, option) if str(option).startswith("interrupted") else option for option in options]
-        options = ["--per_device_train_batch_size", 64, *options, *start_model(base, runs, name)]
+        options = ["--per_device_train_batch_size", 64, *options, *from_base(base, name)]
         run(Path(runs, name), *DETERMINISTIC, *options)
 
 
@@ -80,10 +82,85 @@ def train_with_trainer(vit: str, runs: str, batch: int, name: str, resume=None, 
     return model.state_dict()
 
 
-def train_with_trainer_in_two(vit: str, runs: str, rank: int) -> None:
+class Drift(TrainerCallback):
+    """In the second process, something else happens to the model."""
+
+    def __init__(self, event: str, rank: int, tensor):
+        self.rank, self.tensor = rank, tensor
+        setattr(self, event, self.drift)
+
+    def drift(self, args, state, control, model=None, **kwargs):
+        if self.rank == 1 and state.global_step in (6, 12):
+            self.tensor(model).data.add_(1e-6)
+
+
+def evaluated(trainer, rank):
+    trainer.evaluate()
+
+
+def predicted(trainer, rank):
+    trainer.predict(Blobs())
+
+
+def evaluated_by_another(trainer, rank):
+    make_trainer(trainer.model, trainer.args.output_dir, []).evaluate()
+
+
+def drifting(event: str, tensor):
+    def add(trainer, rank):
+        trainer.callback_handler.callbacks.insert(0, Drift(event, rank, tensor))
+
+    return add
+
+
+def one_bias(model):
+    return model.classifier.bias
+
+
+def one_lambda(model):
+    return model.encoder_layers[model.config.num_hidden_layers - 1].attention_lambda
+
+
+# Each: what happens before training; what the error says.
+DIFFERENT = "2 processes train 2 different models.*accelerate leaves that out"
+REFUSED = {
+    "evaluated": (evaluated, DIFFERENT),
+    "predicted": (predicted, DIFFERENT),
+    "evaluated by another Trainer": (evaluated_by_another, DIFFERENT),
+    "a weight drifts": (drifting("on_step_end", one_bias), r"weights at step 6 differ in 1 tensors.*classifier\.bias"),
+    "lambda drifts": (drifting("on_step_end", one_lambda), r"weights at step 6 differ in 1 tensors.*attention_lambda"),
+    "drifts at the end": (drifting("on_train_end", one_bias), r"weights at the end .*classifier\.bias"),
+}
+
+
+def train_with_trainer_in_two(vit: str, runs: str, rank: int) -> dict:
+    """All of `TRAINER_RUNS`, whose weights go beside each output folder, and what became of `REFUSED`."""
     for name, options in TRAINER_RUNS.items():
         state = train_with_trainer(vit, runs, 4, name, **options)
         save_file(state, weights_of(Path(runs, name), rank))
+    train_twice(vit, runs, rank)
+    return {name: refused_training(vit, runs, before, rank) for name, (before, _) in REFUSED.items()}
+
+
+def train_twice(vit: str, runs: str, rank: int) -> None:
+    """Without removal, which leaves nothing to train again; with an evaluation in between."""
+    model = LambdaViTForImageClassification.from_pretrained(vit)
+    trainer = make_trainer(model, Path(runs, "twice"), [OneModelInAllProcesses()], optim="sgd", learning_rate=0.1)
+    for _ in range(2):
+        trainer.train()
+        trainer.evaluate()
+    save_file(model.state_dict(), weights_of(Path(runs, "twice"), rank))
+
+
+def refused_training(vit: str, runs: str, before, rank: int) -> list:
+    model = LambdaViTForImageClassification.from_pretrained(vit)
+    trainer = make_trainer(model, Path(runs, "refused"), [EntropyGuidedRemovalCallback(layers=[0, 1])])
+    before(trainer, rank)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return [str(error), model.config.removed_layers]
+    return ["trained without an error", model.config.removed_layers]
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +191,13 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainers(start, tmp_path_factory):
     runs = tmp_path_factory.mktemp("trainers")
-    in_two_processes(train_with_trainer_in_two, str(start), str(runs))
-    return runs
+    return runs, in_two_processes(train_with_trainer_in_two, str(start), str(runs))
 
 
 def assert_equal_in_both(output_dir: Path) -> dict[str, torch.Tensor]:
     first, second = (load_file(weights_of(output_dir, rank)) for rank in (0, 1))
     assert first.keys() == second.keys()
-    differences = {name: (value - second[name]).abs().max().item() for name, value in first.items()}
-    assert max(differences.values()) == 0, f"the processes' weights differ: {differences}"
+    assert max((value - second[name]).abs().max().item() for name, value in first.items()) == 0
     return first
 
 
@@ -142,7 +217,7 @@ def test_the_program_trains_one_model_in_two_processes(programs, base, name, tmp
     assert all(torch.equal(value, saved[key]) for key, value in weights.items())
     options = PROGRAM_RUNS[name][1]
     if options is not None:
-        run(tmp_path / "one", *DETERMINISTIC, *options, *start_model(base, tmp_path, name))
+        run(tmp_path / "one", *DETERMINISTIC, *options, *from_base(base, name))
         assert_close(weights, load_file(tmp_path / "one" / "model.safetensors"))
 
 
@@ -152,6 +227,19 @@ def test_the_base_model_is_one_in_two_processes(programs):
 
 @pytest.mark.parametrize("name", TRAINER_RUNS)
 def test_a_plain_trainer_trains_one_model_in_two_processes(trainers, start, name, tmp_path):
-    weights = assert_equal_in_both(trainers / name)
+    weights = assert_equal_in_both(trainers[0] / name)
     options = {"ema": 0.5} if name == "averaged" else TRAINER_RUNS["best"] if name == "best" else {}
     assert_close(weights, train_with_trainer(str(start), str(tmp_path), 8, "one", **options))
+
+
+def test_a_trainer_that_evaluates_between_two_trainings_trains_one_model(trainers):
+    assert_equal_in_both(trainers[0] / "twice")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_processes_that_would_train_different_models_all_stop(trainers, name):
+    first, second = (outcome[name] for outcome in trainers[1])
+    assert first == second
+    said, removed = first
+    assert re.search(REFUSED[name][1], said), said
+    assert removed == []
