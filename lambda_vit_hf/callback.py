@@ -128,7 +128,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             check_model_is_whole(model, args, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, model=model)
         self.card_facts = {}
         if self._is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", self.selection.layers)

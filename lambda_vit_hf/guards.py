@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from transformers import TrainerCallback
 
 
 logger = logging.getLogger(__name__)
+
+_SPLIT_UP = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class OneModelInAllProcesses(TrainerCallback):
@@ -23,13 +26,15 @@ class OneModelInAllProcesses(TrainerCallback):
     [`EntropyGuidedRemovalCallback`] and `ImageClassificationTrainer` do so by themselves.
 
     Raises:
-        RuntimeError: if they differ, naming a cause and the way out.
+        ValueError: on FSDP and DeepSpeed, when training begins.
+        RuntimeError: if processes differ, naming a cause and the way out.
     """
 
     def __init__(self):
         self._compared_gradients = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_model_is_whole(model, args, type(self).__name__)
         self._compared_gradients = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -102,12 +107,9 @@ def check_model_is_whole(model: torch.nn.Module, args, what: str) -> None:
     Raises:
         ValueError: if the Trainer splits the model up among processes, whether its arguments or a launcher said so.
     """
-    from accelerate import DistributedType
-    from accelerate.state import AcceleratorState
-
-    launched = AcceleratorState().distributed_type
-    is_split = launched in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if is_split or args.fsdp or args.deepspeed or getattr(model, "is_distributed_loading_by_transformers", False):
+    is_split_by_launcher = args.distributed_state.distributed_type in _SPLIT_UP
+    is_split_by_loader = getattr(model, "is_distributed_loading_by_transformers", False)
+    if args.fsdp or args.deepspeed or is_split_by_launcher or is_split_by_loader:
         raise ValueError(
             f"{what} needs the whole model in each process: train with DistributedDataParallel, as several processes"
             " do by default, without FSDP, DeepSpeed or anything else that splits it up."

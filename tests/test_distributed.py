@@ -106,11 +106,21 @@ def evaluated_by_another(trainer, rank):
     make_trainer(trainer.model, trainer.args.output_dir, []).evaluate()
 
 
+def asking_for_fsdp(trainer, rank):
+    make_trainer(trainer.model, trainer.args.output_dir, [EntropyGuidedRemovalCallback(layers=[0, 1])], fsdp=True)
+
+
 def drifting(event: str, tensor):
     def add(trainer, rank):
         trainer.callback_handler.callbacks.insert(0, Drift(event, rank, tensor))
 
     return add
+
+
+def drifting_average(trainer, rank):
+    ema = EmaCallback(0.5)
+    callbacks = [ema, Drift("on_step_end", rank, lambda model: ema.average.module.classifier.bias)]
+    trainer.callback_handler.callbacks[:0] = callbacks
 
 
 def one_bias(model):
@@ -127,8 +137,10 @@ REFUSED = {
     "evaluated": (evaluated, DIFFERENT),
     "predicted": (predicted, DIFFERENT),
     "evaluated by another Trainer": (evaluated_by_another, DIFFERENT),
+    "FSDP": (asking_for_fsdp, "needs the whole model in each process"),
     "a weight drifts": (drifting("on_step_end", one_bias), r"weights at step 6 differ in 1 tensors.*classifier\.bias"),
     "lambda drifts": (drifting("on_step_end", one_lambda), r"weights at step 6 differ in 1 tensors.*attention_lambda"),
+    "the average drifts": (drifting_average, r"averaged weights at the end of training .*classifier\.bias"),
     "drifts at the end": (drifting("on_train_end", one_bias), r"weights at the end .*classifier\.bias"),
 }
 
@@ -155,10 +167,10 @@ def train_twice(vit: str, runs: str, rank: int) -> None:
 def refused_training(vit: str, runs: str, before, rank: int) -> list:
     model = LambdaViTForImageClassification.from_pretrained(vit)
     trainer = make_trainer(model, Path(runs, "refused"), [EntropyGuidedRemovalCallback(layers=[0, 1])])
-    before(trainer, rank)
     try:
+        before(trainer, rank)
         trainer.train()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return [str(error), model.config.removed_layers]
     return ["trained without an error", model.config.removed_layers]
 
