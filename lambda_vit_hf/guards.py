@@ -159,7 +159,7 @@ class SaveOnSigterm(TrainerCallback):
     A signal after the last step is not needed any more: training is over, and goes on to its end.
 
     With several processes all must stop at the same step, so they agree on it in each: launchers kill what still runs
-    30 seconds after the signal, which may be a few steps. It takes a tenth of a millisecond.
+    30 seconds after the signal, which may be a few steps. That takes less than a millisecond (gloo, two processes).
 
     Args:
         check_every (`int`, *optional*): deprecated and without effect.

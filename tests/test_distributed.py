@@ -13,27 +13,32 @@ from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, LambdaViTFo
 from lambda_vit_hf.guards import OneModelInAllProcesses
 from lambda_vit_hf.trainer import ImageClassificationTrainer
 
-from .conftest import in_two_processes
+from .conftest import TINY, in_two_processes
 from .small_training import Blobs, make_trainer
 from .test_training import run
 
 
-# Each: options in two processes; options in one process with the same images in each step (`None`: there are none).
+# Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero. And less
+# than an epoch: its last batch, which is not full, is filled up differently by two processes.
+DETERMINISTIC = """
+--drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
+--save_strategy no --layers 1 2
+""".split()
+NEW = ["--base_num_train_epochs", 0.3]
+BEST = """
+--load_best_model_at_end true --metric_for_best_model loss --save_strategy steps --save_steps 3 --eval_strategy steps
+--eval_steps 3
+""".split()
+# Each: options in two processes; options in one process that sees the same images in each step, or `None`.
 PROGRAM_RUNS = {
-    "from a new model": (["--base_num_train_epochs", 0.3], ["--base_num_train_epochs", 0.3]),
+    "from a new model": (NEW, NEW),
     "interrupted": (["--save_strategy", "steps", "--save_steps", 8], []),
     "resumed": (["--resume_from_checkpoint", "interrupted/checkpoint-8"], []),
     "accumulated": (["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2], []),
     "averaged": (["--ema_decay", 0.5], ["--ema_decay", 0.5]),
-    "best": (2 * [*"--load_best_model_at_end true --save_strategy steps --save_steps 3 --eval_strategy steps".split(),
-                  *"--eval_steps 3 --metric_for_best_model loss".split()],) * 2,
+    "best": (BEST, BEST),
     "streamed": (["--streaming", "true", "--shuffle_buffer_size", 50], None),
-}  # fmt: skip
-# Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero.
-DETERMINISTIC = """
---drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
---save_strategy no --layers 1 2
-""".split()  # less than an epoch: its last batch, which is not full, is filled up differently by two processes
+}
 
 TRAINER_RUNS = {
     "plain": {},
@@ -192,8 +197,6 @@ def programs(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    from .conftest import TINY
-
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start") / "vit"
     LambdaViTForImageClassification(LambdaViTForImageClassification.config_class(**TINY)).save_pretrained(folder)
@@ -217,9 +220,7 @@ def assert_close(weights: dict, expected: dict) -> None:
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         # Float32 sums in another order, over a dozen steps.
-        torch.testing.assert_close(
-            value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
-        )
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PROGRAM_RUNS)
