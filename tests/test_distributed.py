@@ -18,8 +18,8 @@ from .small_training import Blobs, make_trainer
 from .test_training import run
 
 
-# Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero. Less than
-# an epoch: its last batch, which is not full, is filled up differently by two processes.
+# Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero. Less
+# than an epoch: its last batch, which is not full, is filled up differently by two processes.
 DETERMINISTIC = """
 --drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
 --save_strategy no --layers 1 2
