@@ -5,7 +5,16 @@ This file does not travel with saved models: it knows all families.
 
 from importlib import import_module
 
-from transformers import PreTrainedConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    PreTrainedConfig,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 
 # By transformers' `model_type`: the module's ending, and how the family's classes begin. A model of images and texts
@@ -47,6 +56,31 @@ def family_class(model_type: str, kind: str) -> type:
     if not hasattr(module, beginning + kind):
         raise ValueError(f"There is no {beginning}{kind}: transformers has none for `{model_type}`.")
     return getattr(module, beginning + kind)
+
+
+def register_auto_classes() -> None:
+    """Let transformers' Auto classes and pipelines open what the families save."""
+    entries = {
+        "Backbone": AutoBackbone,
+        "Model": AutoModel,
+        "ForImageClassification": AutoModelForImageClassification,
+        "ForMaskedImageModeling": AutoModelForMaskedImageModeling,
+    }
+    for ending, beginning in dict(FAMILIES.values()).items():
+        config = family_class(f"lambda_{ending}", "Config")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        modeling = import_module(f".modeling_lambda_{ending}", __package__)
+        for kind, auto_class in entries.items():
+            if hasattr(modeling, beginning + kind):
+                auto_class.register(config, getattr(modeling, beginning + kind), exist_ok=True)
+        source = type(AutoConfig.for_model(config.source_model_types[-1]))
+        if source in IMAGE_PROCESSOR_MAPPING:  # else the checkpoint's own preprocessor_config.json names the class
+            processors = IMAGE_PROCESSOR_MAPPING[source]
+            AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
+    # A DeiT with both heads is opened by the architecture that its config names.
+    deit = import_module(".modeling_lambda_deit", __package__)
+    classes = (deit.LambdaDeiTForImageClassification, deit.LambdaDeiTForImageClassificationWithTeacher)
+    AutoModelForImageClassification._model_mapping.register(deit.LambdaDeiTConfig, classes, exist_ok=True)
 
 
 class _AutoLambdaModel:

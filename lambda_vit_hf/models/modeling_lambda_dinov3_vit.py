@@ -29,7 +29,7 @@ from .loading import read_key_names_of
 from .pretrained_model import LambdaPreTrainedModel
 
 
-read_key_names_of("DINOv3ViTModel", "LambdaDINOv3ViTModel", "LambdaDINOv3ViTBackbone")
+read_key_names_of("dinov3_vit", "LambdaDINOv3ViTModel", "LambdaDINOv3ViTBackbone")
 
 
 class LambdaDINOv3ViTLayer(RemovableAttention, DINOv3ViTLayer):
@@ -73,6 +73,7 @@ class LambdaDINOv3ViTPreTrainedModel(LambdaPreTrainedModel, DINOv3ViTPreTrainedM
     def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
         base = self.base_model
         return base.embeddings(pixel_values), {"position_embeddings": base.rope_embeddings(pixel_values)}
+
     _fit_image_size = staticmethod(note_image_size)
 
 

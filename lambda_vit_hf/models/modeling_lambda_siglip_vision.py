@@ -68,6 +68,7 @@ class LambdaSiglipVisionPreTrainedModel(LambdaPreTrainedModel, SiglipPreTrainedM
 
     def get_input_embeddings(self):
         return self.base_model.embeddings.patch_embedding
+
     _fit_image_size = staticmethod(use_interpolated_position_table)
 
 

@@ -90,6 +90,14 @@ class LambdaPreTrainedModel(InferenceMixin):
         weights = {name: self.get_parameter(name).detach().cpu() for name in drawn}
         return any(torch.equal(weights[name], value.to(weights[name].dtype)) for name, value in drawn.items())
 
+    @newly_initialized_head.setter
+    def newly_initialized_head(self, value: bool) -> None:
+        if value:
+            raise ValueError(
+                "Loading finds out whether a head is new; it can only be said to be trained."
+            )
+        self._drawn_heads = {}
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of those of patches: class token, distillation token, registers."""
