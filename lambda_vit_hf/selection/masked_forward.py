@@ -1,8 +1,8 @@
 """Forward passes of a model with sets of attention layers masked, so that nothing is computed twice.
 
-Masking a layer leaves every block before it unchanged. So all sets of a request are walked as one tree of decisions,
-block by block, and each shared beginning is computed once per batch. Above the last attention that a set leaves, only
-the class token is computed, if it is all that is measured. Tokens are not merged here.
+Masking a layer leaves every block before it unchanged. So all sets form a prefix tree over the blocks, and each shared
+prefix is computed once per batch. After the last attention layer that is left unmasked, only the class token is
+computed, if it is all that is measured. Tokens are not merged here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
