@@ -20,6 +20,7 @@ from .models.modeling_lambda_vit import (
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
 )
+from .selection.config import SelectionConfig
 from .selection.select import AttentionSelection, select_attention_layers
 from .training.checkpoints import find_resumable_checkpoint
 
@@ -58,6 +59,7 @@ __all__ = [
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
     "SaveOnSigterm",
+    "SelectionConfig",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "select_attention_layers",

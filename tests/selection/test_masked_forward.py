@@ -1,4 +1,4 @@
-"""Masked forward passes: the right outputs, each shared beginning computed once, and counted."""
+"""Masked forward passes: the right outputs, each shared prefix computed once, and counted."""
 
 import itertools
 
