@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 
-from ..data.sampling import evenly_spaced, fixed_randomness
+from ..data.decoding import decode_image
+from ..data.sampling import balanced_folds, evenly_spaced, fixed_randomness
 from .processes import rank_and_num_processes
 
 
@@ -60,14 +61,15 @@ class CalibrationBatches:
         self.num_images = 0
         bar = tqdm(disable=True) if bar is None else bar
         with fixed_randomness(0):
-            self._own_images, self._positions = self._read(images, size, bar)
-        self.num_own_images = len(self._positions)
+            self._own_images, positions = self._read(images, size, bar)
+        self._folds = balanced_folds(self.num_images, num_folds)[positions]
+        self.num_own_images = len(positions)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields this process's images, `(batch, channels, height, width)`, and the fold of each, `(batch,)`."""
         for start in range(0, self.num_own_images, self.batch_size):
             batch = slice(start, start + self.batch_size)
-            yield self._own_images[batch], self._positions[batch] % self.num_folds
+            yield self._own_images[batch], self._folds[batch]
 
     def _read(self, images, size: int | None, bar: tqdm) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's images, and the position of each among all."""
@@ -110,7 +112,7 @@ class CalibrationBatches:
         if isinstance(picture, PIL.Image.Image):
             if self.image_processor is None:
                 raise TypeError("Calibration images are pictures: pass the model's `image_processor` too.")
-            return self.image_processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            return self.image_processor(decode_image(picture), return_tensors="pt")["pixel_values"][0]
         try:
             return torch.as_tensor(item["pixel_values"])
         except (KeyError, TypeError, IndexError):
