@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model = convert_checkpoint(
         arguments.source,
-        layers_removed=arguments.layers,
+        removed_layers=arguments.layers,
         fold=not arguments.no_fold,
         num_attention_heads=arguments.num_attention_heads,
         image_size=arguments.image_size,

@@ -67,7 +67,7 @@ class MaskedForward:
         if is_masked:
             hidden_states = 2 * hidden_states if self.mask == "identity" else hidden_states
         else:
-            hidden_states = layer.mix_tokens(hidden_states, class_token_only=first_only)
+            hidden_states = layer.mix_tokens(hidden_states)
         return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
 
     def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:

@@ -48,16 +48,16 @@ class CalibrationPasses:
     def layer_entropies(self) -> tuple[list[float | None], list[float]]:
         """H, in nats, over images and tokens, of each layer's attention output (`None` without) and MLP output."""
         layers = self.model.encoder_layers
-        attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
+        attention = [GaussianEntropy() if layer.has_attention else None for layer in layers]
         mlp = [GaussianEntropy() for _ in layers]
 
         def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
             hidden_states = self.model.base_model.embeddings(pixel_values)
             for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
                 if of_attention is not None:
-                    of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
+                    of_attention.update(layer.attention_branch(hidden_states))
                 hidden_states = layer.mix_tokens(hidden_states)
-                branch = layer.mlp(layer.layernorm_after(hidden_states))
+                branch = layer.mlp_branch(hidden_states)
                 of_mlp.update(branch)
                 hidden_states = hidden_states + branch
 
@@ -98,4 +98,4 @@ class CalibrationPasses:
         self.for_each_batch(measure, "attention influence")
         sums = sum(gather(sums))
         means = (sums[:-1] / sums[-1]).tolist()
-        return [None if layer.attention is None else mean for layer, mean in zip(layers, means, strict=True)]
+        return [mean if layer.has_attention else None for layer, mean in zip(layers, means, strict=True)]

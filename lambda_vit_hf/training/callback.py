@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
@@ -20,6 +19,7 @@ from ..models.loading import check_finished
 from ..models.modeling_lambda_vit import LambdaViTPreTrainedModel
 from ..selection.select import AttentionSelection, check_options, count_layers, select_attention_layers
 from .dilution import DilutionSchedule
+from .guards import OneModelInAllProcesses, check_model_is_whole
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 GRANULARITIES = ("step", "epoch")
 
 
-class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
+class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     """
     Selects attention layers when training starts, lets them fade into the identity, and removes them when it ends.
 
@@ -37,7 +37,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     `base/` and `runs/`. A push is refused while lambda is not 1 in a layer that has attention, but for the backups of
     `hub_strategy="every_save"`: their card and a tag say that training is in progress. While lambda is above 0 no
     checkpoint can become the best one: its metric is not that of the removed model. A resumed run takes selection and
-    schedule from its checkpoint.
+    schedule from its checkpoint. Several processes make sure that they train one model ([`OneModelInAllProcesses`]).
 
     Args:
         removal_ratio (`float`, *optional*): fraction of the attention layers to remove, in [0, 1]; or
@@ -55,9 +55,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         fold (`bool`, *optional*, defaults to `True`): fold the removed layers' identity into the weights.
 
     Raises:
-        ValueError: on contradictory arguments, at once; on arguments that do not fit the model, when the Trainer is
-            built; where a resumed run's settings differ from its checkpoint's, before the first step; on such a push.
-        RuntimeError: if training ends while lambda is above 0. Nothing is removed then.
+        ValueError: on contradictory arguments, at once; on arguments that do not fit the model, and on FSDP and
+            DeepSpeed, when the Trainer is built; where a resumed run's settings differ from its checkpoint's, before
+            the first step; on such a push.
+        RuntimeError: if training ends while lambda is above 0, or processes differ. Nothing is removed then.
 
     Source: Lin et al., CVPR 2024, section 3; https://github.com/huggingface/transformers/issues/48805 for resuming.
 
@@ -98,6 +99,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
                 "`strategy` must be a name, for a checkpoint keeps it. For a function of your own, call"
                 " `select_attention_layers` first and pass its `layers`."
             )
+        super().__init__()
         check_options(None, strategy, output, mask, compare)
         # Checks shape and hold_share, for a training of any length.
         DilutionSchedule(total_steps=1000, hold_share=hold_share, shape=schedule)
@@ -123,8 +125,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
             self._check_model(model)
+            check_model_is_whole(model, args, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model)
         self.card_facts = {}
         if self._is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", self.selection.layers)
@@ -173,6 +177,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        super().on_train_end(args, state, control, model=model)
         if self._is_diluting(model):
             raise RuntimeError(
                 f"Training ended at step {state.global_step} of {state.max_steps}, but attention layers"
