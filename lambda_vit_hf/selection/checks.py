@@ -6,7 +6,7 @@ import numbers
 
 import torch
 
-from ..models.modeling_lambda_vit import LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
 from .config import SelectionConfig
 
 
@@ -19,7 +19,7 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
 
     Args:
         config ([`SelectionConfig`]): the options.
-        model ([`LambdaViTPreTrainedModel`]): the model to select on.
+        model ([`LambdaPreTrainedModel`]): the model to select on.
         warn (`bool`, *optional*, defaults to `False`): say so where the output is not that of an untrained head.
 
     Raises:
@@ -33,13 +33,12 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
         raise ValueError(f"{type(model).__name__} has no class head: use `output='class_token'` or `'token_mean'`.")
     if config.output == "class_head" and is_untrained:
         raise ValueError(
-            "The class head is newly initialized: its entropy says nothing. Train it first (then set"
-            " `model.newly_initialized_head = False`), or use `output='class_token'`."
+            "The class head is newly initialized: its entropy says nothing about the model. Train it first, or use"
+            " `output='class_token'`."
         )
     if config.output is None and is_untrained and warn:
         logger.warning(
-            "The class head is newly initialized: layers are selected by the entropy of the class token. If the head"
-            " was trained after loading, set `model.newly_initialized_head = False`."
+            "The class head is newly initialized: layers are selected by the entropy of the class token instead."
         )
     output = "class_token" if head is None or is_untrained else "class_head"
     return dataclasses.replace(config, output=config.output or output)
@@ -48,19 +47,19 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
 def check_model(model) -> None:
     """
     Raises:
-        ValueError: if it is no LambdaViT, or half-way diluted.
+        ValueError: if it is of no Lambda family, or half-way diluted.
     """
-    if not isinstance(model, LambdaViTPreTrainedModel):
+    if not isinstance(model, LambdaPreTrainedModel):
         name = type(model).__name__
         if hasattr(model, "get_base_model"):
             raise ValueError(
-                f"Expected a LambdaViT model, got {name}: merge its adapters (`model.merge_and_unload()`), or pass"
-                " `model.get_base_model()`."
+                f"Expected a model such as LambdaViT, got {name}: merge its adapters (`model.merge_and_unload()`), or"
+                " pass `model.get_base_model()`."
             )
         modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
-        inner = [path for path, module in modules if isinstance(module, LambdaViTPreTrainedModel)]
-        hint = f"pass `model.{inner[0]}`" if inner else "load it with LambdaViT's classes"
-        raise ValueError(f"Expected a LambdaViT model, got {name}: {hint}.")
+        inner = [path for path, module in modules if isinstance(module, LambdaPreTrainedModel)]
+        hint = f"pass `model.{inner[0]}`" if inner else "load it with a class such as LambdaViTForImageClassification"
+        raise ValueError(f"Expected a model such as LambdaViT, got {name}: {hint}.")
     diluting = {layer: value for layer, value in enumerate(model.attention_lambdas) if value not in (None, 1.0)}
     if diluting:
         raise ValueError(

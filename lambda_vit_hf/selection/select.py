@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm.auto import tqdm
 
-from ..models.modeling_lambda_vit import LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
 from .checks import check_options, count_layers, fit_to_model
 from .config import SelectionConfig
@@ -35,7 +35,7 @@ IMAGES_PER_CHANNEL = 2
 
 
 def select_attention_layers(
-    model: LambdaViTPreTrainedModel,
+    model: LambdaPreTrainedModel,
     calibration,
     num_removed_layers: int | None = None,
     removal_ratio: float | None = None,

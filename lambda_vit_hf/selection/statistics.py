@@ -18,7 +18,7 @@ class CalibrationPasses:
     Runs a model on the calibration images. With several processes each has its share, and all get the same results.
 
     Args:
-        model ([`LambdaViTPreTrainedModel`]): in eval mode.
+        model ([`LambdaPreTrainedModel`]): in eval mode.
         batches ([`CalibrationBatches`]): the images.
         bar (`tqdm`): moved on by the images of each pass.
         autocast_dtype (`str`, *optional*): to compute in, under autocast.

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.comparison import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from lambda_vit_hf import LambdaViTForImageClassification
 from tests.numpy_vit import masked_output
 
 
@@ -46,8 +47,9 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert rank_correlation([1, 2, 3], [0, 0, 0]) is None
 
 
-def test_a_model_with_a_new_head_is_refused(model, items):
-    model.newly_initialized_head = True
+def test_a_model_with_a_new_head_is_refused(model, items, tmp_path):
+    model.base_model.save_pretrained(tmp_path)
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path, num_labels=5)
     with pytest.raises(ValueError, match="newly initialized"):
         BaseModel(model, torch.stack([item["pixel_values"] for item in items]), items, seed=0)
 

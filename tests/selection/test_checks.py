@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from lambda_vit_hf import select_attention_layers
+from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
 from lambda_vit_hf.selection.checks import check_amount
 from lambda_vit_hf.selection.select import count_layers
 
@@ -67,8 +67,8 @@ class Wrapper(torch.nn.Module):
         (peft_model, r"PeftModel.*merge_and_unload.*get_base_model"),
         (Wrapper, r"got Wrapper: pass `model.module`"),
         (torch.compile, r"got OptimizedModule: pass `model._orig_mod`"),
-        (lambda model: torch.nn.Linear(1, 1), "load it with LambdaViT"),
-        (lambda model: "a/model", "got str: load it with LambdaViT"),
+        (lambda model: torch.nn.Linear(1, 1), "load it with a class such as LambdaViT"),
+        (lambda model: "a/model", "got str: load it with a class such as LambdaViT"),
     ],
     ids=["peft", "wrapper", "compiled", "other", "name"],
 )
@@ -83,8 +83,9 @@ def test_the_base_model_of_adapters_can_be_selected_on(model, images):
     assert select_attention_layers(wrapped.get_base_model(), images, num_removed_layers=2).order == expected.order
 
 
-def test_a_new_head_is_not_what_layers_are_selected_by(model, images, caplog):
-    model.newly_initialized_head = True
+def test_a_new_head_is_not_what_layers_are_selected_by(model, images, tmp_path, caplog):
+    model.base_model.save_pretrained(tmp_path)
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path, num_labels=5)
     with pytest.raises(ValueError, match=r"newly initialized.*Train it first.*class_token"):
         select_attention_layers(model, images, num_removed_layers=2, output="class_head")
     with caplog.at_level(logging.WARNING):
@@ -93,7 +94,8 @@ def test_a_new_head_is_not_what_layers_are_selected_by(model, images, caplog):
     assert selection.output == "class_token"
     assert selection == select_attention_layers(model, images, num_removed_layers=2, output="class_token")
     caplog.clear()
-    model.newly_initialized_head = False
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)  # as if trained
     assert select_attention_layers(model, images, num_removed_layers=2).output == "class_head"
     assert "newly initialized" not in caplog.text
 
