@@ -40,6 +40,7 @@ from .models.modeling_lambda_vit import (
 
 if TYPE_CHECKING:
     from .evaluation.accounting import summarize
+    from .selection.config import SelectionConfig
     from .selection.select import AttentionSelection, select_attention_layers
     from .training.callback import EntropyGuidedRemovalCallback
     from .training.checkpoints import find_resumable_checkpoint
@@ -56,6 +57,7 @@ _LAZY = {
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
     "SaveOnSigterm": "training.guards",
+    "SelectionConfig": "selection.config",
     "StopOnNonFiniteGradient": "training.guards",
     "find_resumable_checkpoint": "training.checkpoints",
     "select_attention_layers": "selection.select",
@@ -96,6 +98,7 @@ __all__ = [
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
     "SaveOnSigterm",
+    "SelectionConfig",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "select_attention_layers",

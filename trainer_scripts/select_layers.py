@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     selection = select_attention_layers(
         model,
         Subset(images, evenly_spaced(len(images), arguments.num_images)),
-        num_layers=arguments.num_layers,
-        ratio=arguments.ratio,
+        num_removed_layers=arguments.num_layers,
+        removal_ratio=arguments.ratio,
         strategy=arguments.strategy,
         output=arguments.output,
         mask=arguments.mask,

@@ -103,6 +103,7 @@ class LambdaDeiTForImageClassificationWithTeacher(LambdaDeiTPreTrainedModel, Dei
         "AutoModel": "LambdaDeiTModel",
         "AutoModelForImageClassification": "LambdaDeiTForImageClassificationWithTeacher",
     }
+    _head_reads = "class_and_distillation_token"
 
     def __init__(self, config: LambdaDeiTConfig):
         DeiTPreTrainedModel.__init__(self, config)

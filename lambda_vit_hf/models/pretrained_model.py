@@ -84,6 +84,11 @@ class LambdaPreTrainedModel(InferenceMixin):
         return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
 
     @property
+    def has_class_head(self) -> bool:
+        """Whether the model gives logits of classes."""
+        return any(name.endswith("classifier") for name, _ in self.named_children())
+
+    @property
     def newly_initialized_head(self) -> bool:
         """Whether the class head is random: its weights were not in the checkpoint, nor have they been trained."""
         drawn = getattr(self, "_drawn_heads", {})
@@ -93,9 +98,7 @@ class LambdaPreTrainedModel(InferenceMixin):
     @newly_initialized_head.setter
     def newly_initialized_head(self, value: bool) -> None:
         if value:
-            raise ValueError(
-                "Loading finds out whether a head is new; it can only be said to be trained."
-            )
+            raise ValueError("Loading finds out whether a head is new; it can only be said to be trained.")
         self._drawn_heads = {}
 
     @property
@@ -127,7 +130,7 @@ class LambdaPreTrainedModel(InferenceMixin):
     def reads_class_token_only(self, output: str) -> bool:
         """Whether an output, as in `read_out`, depends on the other tokens through attention only."""
         if output == "class_head":
-            return self._head_reads == "class_token" and hasattr(self, "classifier")
+            return self._head_reads == "class_token" and self.has_class_head
         return output == "class_token" and self._num_special_tokens > 0
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -259,13 +259,13 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
 
     def _select(self, model, train_dataloader, seed: int) -> AttentionSelection:
         if self.layers is not None:
-            return AttentionSelection(list(self.layers), "given", self.output or "none", self.mask, self.compare)
+            return AttentionSelection(list(self.layers))
         with fixed_randomness(0):
             return select_attention_layers(
                 model,
                 self._calibration_images(train_dataloader),
-                num_layers=self.num_layers,
-                ratio=self.removal_ratio,
+                num_removed_layers=self.num_layers,
+                removal_ratio=self.removal_ratio,
                 strategy=self.strategy,
                 output=self.output,
                 mask=self.mask,

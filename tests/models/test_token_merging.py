@@ -227,9 +227,9 @@ def test_it_compiles_and_exports(merging, pixel_values):
 
 
 def test_layers_are_selected_on_the_unmerged_model(removed, pixel_values):
-    expected = select_attention_layers(removed, pixel_values, num_layers=1)
+    expected = select_attention_layers(removed, pixel_values, num_removed_layers=1)
     removed.set_token_merging(4)
-    assert select_attention_layers(removed, pixel_values, num_layers=1).steps == expected.steps
+    assert select_attention_layers(removed, pixel_values, num_removed_layers=1).steps == expected.steps
 
 
 def test_the_papers_settings_are_arguments_of_from_pretrained(vit_folder):
