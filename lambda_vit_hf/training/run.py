@@ -66,8 +66,10 @@ def run_training(
     )
     images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)
     _scale_learning_rates(model_args, training_args)
+    names = {"num_removed_layers": "num_layers", "removed_layers": "layers"}  # the callback's
     removal = EntropyGuidedRemovalCallback(
-        **vars(removal_args), calibration_dataset=images.calibration(removal_args.calibration_size)
+        **{names.get(name, name): value for name, value in vars(removal_args).items()},
+        calibration_dataset=images.calibration(removal_args.calibration_size),
     )
     common = dict(
         train_dataset=images.train,
