@@ -7,33 +7,13 @@ import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    EvalPrediction,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, EvalPrediction, PreTrainedModel
 
 from ..data.dataset import LEFT_OUT, ProcessedImages, collate
 from ..data.decoding import UnreadableImages
 from ..data.folders import load_image_dataset
 from ..data.sampling import evenly_spaced
 from .metrics import classification_metrics
-
-
-def load_classifier(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """
-    An image classifier of the Hub or a folder, as its Auto class loads it, in eval mode.
-
-    Raises:
-        ValueError: if a weight is missing from the checkpoint: it would be random.
-    """
-    model, info = AutoModelForImageClassification.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
-    random = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if random:
-        raise ValueError(f"{name_or_path} lacks {len(random)} weights, which would be random: {random[:5]}.")
-    return model.eval()
 
 
 def load_split(

@@ -147,7 +147,7 @@ def _check_task(model) -> None:
     if problem_type in (None, "single_label_classification") and getattr(config, "num_labels", 2) != 1:
         return
     raise ValueError(
-        f"ImageClassificationTrainer trains one of several classes for each image; the model has `problem_type`"
-        f" {problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's own loss,"
-        " with the same callbacks."
+        "ImageClassificationTrainer trains one of several classes for each image; the model has `problem_type`"
+        f" {problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's own"
+        " loss, with the same callbacks."
     )
