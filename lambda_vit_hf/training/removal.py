@@ -77,7 +77,6 @@ class AttentionRemoval:
             )
         self.selection: AttentionSelection | None = None
         self.schedule: DilutionSchedule | None = None
-        self._attention_flags: list[bool] | None = None  # of the model that training starts from
         self._lambda: float | None = None  # set last
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
 
@@ -109,7 +108,7 @@ class AttentionRemoval:
         self.rehearse(model)
         config = self.selection_config
         check_options(model, config.strategy, config.output, config.mask, config.compare)
-        self._attention_flags, self._lambda = list(model.config.attention_flags), None
+        self._lambda = None
         if self.amount.removed_layers is not None:
             self.selection = AttentionSelection(
                 list(self.amount.removed_layers), "given", config.output or "none", config.mask, config.compare
@@ -199,7 +198,6 @@ class AttentionRemoval:
             "settings": self.settings(),
             "selection": self.selection and self.selection.to_dict(),
             "dilution": self.schedule and dataclasses.asdict(self.schedule),
-            "attention_flags": self._attention_flags,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -220,7 +218,7 @@ class AttentionRemoval:
             self._check_schedule(now=self.schedule, checkpoint=schedule)
         self.schedule, self._is_restored = schedule, True
         self.selection = AttentionSelection.from_dict(state["selection"])
-        self._attention_flags, self._lambda = state.get("attention_flags"), None
+        self._lambda = None
 
     def _check_schedule(self, now: DilutionSchedule, checkpoint: DilutionSchedule) -> None:
         if now != checkpoint:
@@ -231,20 +229,13 @@ class AttentionRemoval:
 
     def check_restored(self, model: LambdaViTPreTrainedModel, step: int) -> None:
         """
-        After a checkpoint was loaded into a model: it must have the checkpoint's layers, with the lambda of its step.
+        After a checkpoint was loaded into a model: lambda must be that of its step.
 
         Raises:
-            ValueError: if the model has other attention layers than the checkpoint.
-            RuntimeError: if the weights were not restored.
+            RuntimeError: if it is not; then the weights were not restored.
         """
         if self.is_done(model):
             return
-        flags = list(model.config.attention_flags)
-        if self._attention_flags not in (None, flags):
-            raise ValueError(
-                f"The checkpoint's model has attention in layers {_where(self._attention_flags)}, this one in"
-                f" {_where(flags)}: load the model from the checkpoint, then resume."
-            )
         restored = self.lambdas(model)
         buffers = [model.encoder_layers[layer].attention_lambda for layer in self.selection.layers]
         value = self.schedule.at(step - 1)
@@ -281,7 +272,3 @@ def _output_to_measure(model, output: str | None) -> str | None:
 def _flat(settings: dict) -> dict:
     inner = {name: value for part in ("selection", "dilution") for name, value in settings[part].items()}
     return {**{name: value for name, value in settings.items() if not isinstance(value, dict)}, **inner}
-
-
-def _where(flags: list[bool]) -> list[int]:
-    return [layer for layer, flag in enumerate(flags) if flag]
