@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -56,13 +57,17 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (of scikit-learn)."})
     dataset_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with parquet files, with one image folder per class, or with IDX files."},
+        metadata={"help": "Folder of images: one folder per class, parquet files, metadata.csv, IDX (docs/data.md)."},
     )
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, for --dataset_dir."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of validation images beside it."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "By default the only Image column."})
-    label_column: str | None = field(default=None, metadata={"help": "By default the only ClassLabel column."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "By default the only ClassLabel column, or `label`."}
+    )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes, where the dataset has only numbers."}
+        default=None, metadata={"help": "Other names for the classes, in their order."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read training images one after another instead of storing them first."}
@@ -159,6 +164,16 @@ class LambdaTrainingArguments(TrainingArguments):
     distillation_alpha: float = field(default=0.5, metadata={"help": "Weight of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions."})
 
+    def __post_init__(self):
+        # Before TrainingArguments does: it looks for the library first.
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError(
+                "This program does not work with DeepSpeed, which splits up the model that is removed from: leave"
+                " --deepspeed (or accelerate's --use_deepspeed) out, and use several processes with"
+                " DistributedDataParallel."
+            )
+        super().__post_init__()
+
 
 # What train.py reads, in the order in which `training.run_training` takes it.
 PROGRAM_ARGUMENTS = [
@@ -170,7 +185,11 @@ PROGRAM_ARGUMENTS = [
 ]
 
 # Of each group, what the command line names replaces what the recipe says.
-_EXCLUSIVE = (("removal_ratio", "num_removed_layers", "removed_layers"), ("dataset_name", "dataset_dir"))
+_EXCLUSIVE = (
+    ("removal_ratio", "num_removed_layers", "removed_layers"),
+    ("dataset_name", "dataset_dir", "train_dir"),
+    ("dataset_name", "dataset_dir", "validation_dir"),
+)
 # What a recipe says of the model it makes; a checkpoint named on the command line has its own.
 _SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
           "initializer_range")  # fmt: skip

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..data.sampling import fixed_randomness
-from ..models.modeling_lambda_vit import LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
+from ..selection.checks import fit_to_model
 from ..selection.config import SelectionConfig
-from ..selection.select import AttentionSelection, check_options, select_attention_layers
+from ..selection.select import AttentionSelection, select_attention_layers
 from .amount import RemovalAmount, rehearse_removal
 from .dilution import DilutionConfig, DilutionSchedule
 
@@ -85,16 +86,16 @@ class AttentionRemoval:
         configs = {"selection": self.selection_config.to_dict(), "dilution": self.dilution_config.to_dict()}
         return {**dataclasses.asdict(self.amount), **configs}
 
-    def rehearse(self, model: LambdaViTPreTrainedModel) -> None:
+    def rehearse(self, model: LambdaPreTrainedModel) -> None:
         """ValueError where removal or folding would fail at the end of training; see [`rehearse_removal`]."""
         rehearse_removal(model, self.amount, self.dilution_config.fold)
 
-    def choose(self, model: LambdaViTPreTrainedModel, images=None, seed: int | None = None) -> AttentionSelection:
+    def choose(self, model: LambdaPreTrainedModel, images=None, seed: int | None = None) -> AttentionSelection:
         """
         Choose the layers, by the present weights. In a distributed run every process must call it.
 
         Args:
-            model ([`LambdaViTPreTrainedModel`]): the model to train.
+            model ([`LambdaPreTrainedModel`]): the model to train.
             images (*optional*): to measure on, as [`select_attention_layers`] takes them; not read if the layers are
                 given.
             seed (`int`, *optional*): in place of the one of the selection's configuration.
@@ -107,26 +108,20 @@ class AttentionRemoval:
             model.set_attention_lambda(1.0, self.selection.layers)
         self.rehearse(model)
         config = self.selection_config
-        check_options(model, config.strategy, config.output, config.mask, config.compare)
+        if seed is not None:
+            config = dataclasses.replace(config, seed=seed)
+        fit_to_model(config, model)
         self._lambda = None
         if self.amount.removed_layers is not None:
-            self.selection = AttentionSelection(
-                list(self.amount.removed_layers), "given", config.output or "none", config.mask, config.compare
-            )
+            self.selection = AttentionSelection(list(self.amount.removed_layers))
             return self.selection
         with fixed_randomness(0):
             self.selection = select_attention_layers(
                 model,
                 images,
-                num_layers=self.amount.num_removed_layers,
-                ratio=self.amount.removal_ratio,
-                strategy=config.strategy,
-                output=_output_to_measure(model, config.output),
-                mask=config.mask,
-                compare=config.compare,
-                batch_size=config.batch_size,
-                seed=config.seed if seed is None else seed,
-                autocast_dtype=config.autocast_dtype and getattr(torch, config.autocast_dtype),
+                num_removed_layers=self.amount.num_removed_layers,
+                removal_ratio=self.amount.removal_ratio,
+                selection=config,
             )
         return self.selection
 
@@ -143,32 +138,32 @@ class AttentionRemoval:
         self.schedule, self._lambda, self._is_restored = schedule, None, False
         return schedule
 
-    def set_lambda(self, model: LambdaViTPreTrainedModel, step: int) -> None:
+    def set_lambda(self, model: LambdaPreTrainedModel, step: int) -> None:
         """Before optimizer step `step` (0 is the first): set lambda of the chosen layers to what is planned."""
         value = self.schedule.at(step)
         if value != self._lambda:
             model.set_attention_lambda(value, self.selection.layers)
             self._lambda = value
 
-    def lambdas(self, model: LambdaViTPreTrainedModel) -> list[float | None]:
+    def lambdas(self, model: LambdaPreTrainedModel) -> list[float | None]:
         """Lambda of each chosen layer; `None` where its attention is removed."""
         everywhere = model.attention_lambdas
         return [everywhere[layer] for layer in self.selection.layers]
 
-    def is_done(self, model: LambdaViTPreTrainedModel) -> bool:
+    def is_done(self, model: LambdaPreTrainedModel) -> bool:
         """Whether the layers are chosen and their attention is removed."""
         return self.selection is not None and set(self.selection.layers) <= set(model.config.removed_layers)
 
-    def is_diluting(self, model: LambdaViTPreTrainedModel) -> bool:
+    def is_diluting(self, model: LambdaPreTrainedModel) -> bool:
         """Whether a chosen layer still has attention with lambda above 0."""
         return self.selection is not None and any(self.lambdas(model))
 
-    def finish(self, model: LambdaViTPreTrainedModel, optimizer=None, step: int | None = None) -> None:
+    def finish(self, model: LambdaPreTrainedModel, optimizer=None, step: int | None = None) -> None:
         """
         Remove the chosen layers' attention, and fold. Does nothing where this was done before.
 
         Args:
-            model ([`LambdaViTPreTrainedModel`]): unwrapped.
+            model ([`LambdaPreTrainedModel`]): unwrapped.
             optimizer (`torch.optim.Optimizer`, *optional*): forgets removed parameters, and the moments of all: they
                 are in the scale before folding. So the model can be trained on.
             step (`int`, *optional*): steps trained, for the message.
@@ -227,7 +222,7 @@ class AttentionRemoval:
                 f" Now: {dataclasses.asdict(now)}; checkpoint: {dataclasses.asdict(checkpoint)}."
             )
 
-    def check_restored(self, model: LambdaViTPreTrainedModel, step: int) -> None:
+    def check_restored(self, model: LambdaPreTrainedModel, step: int) -> None:
         """
         After a checkpoint was loaded into a model: lambda must be that of its step.
 
@@ -254,19 +249,6 @@ def forget_removed_parameters(optimizer, model: nn.Module) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in present]
         group["lr"] = group.get("initial_lr", group["lr"])
     optimizer.state.clear()
-
-
-def _output_to_measure(model, output: str | None) -> str | None:
-    # A classifier that was not in the checkpoint is random, and so would be a choice by its logits.
-    if not getattr(model, "newly_initialized_head", False) or output not in (None, "class_head"):
-        return output
-    if output == "class_head":
-        raise ValueError(
-            "The classifier is new: entropy of its random logits chooses nothing. Train it first, or use"
-            ' output="class_token" (or "token_mean"), which needs no classifier.'
-        )
-    logger.warning("The classifier is new: layers are chosen by the entropy of the class token, not of the logits.")
-    return "class_token"
 
 
 def _flat(settings: dict) -> dict:

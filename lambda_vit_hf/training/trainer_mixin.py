@@ -38,8 +38,10 @@ class LambdaViTTrainerMixin:
     """
 
     def train(self, *args, **kwargs):
+        before = sum(1 for _ in self.model.parameters())
         output = super().train(*args, **kwargs)
-        if isinstance(self.model_wrapped, DistributedDataParallel):
+        is_smaller = sum(1 for _ in self.model.parameters()) < before
+        if is_smaller and isinstance(self.model_wrapped, DistributedDataParallel):
             self.model_wrapped = self.model  # DDP would wait for gradients of parameters that are gone
         return output
 

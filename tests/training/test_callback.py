@@ -77,7 +77,7 @@ def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     from lambda_vit_hf import select_attention_layers
 
     images = torch.stack([Blobs()[index * 48 // 20]["pixel_values"] for index in range(20)])
-    assert callback.selection.order == select_attention_layers(before, images, num_layers=3).order
+    assert callback.selection.order == select_attention_layers(before, images, num_removed_layers=3).order
     assert callback.selection.num_images == 20
 
 
