@@ -44,8 +44,12 @@ if TYPE_CHECKING:
     from .selection.select import AttentionSelection, select_attention_layers
     from .training.callback import EntropyGuidedRemovalCallback
     from .training.checkpoints import find_resumable_checkpoint
+    from .training.dilution import DilutionConfig
     from .training.ema import EmaCallback
+    from .training.finishing import finish_checkpoint
     from .training.guards import SaveOnSigterm, StopOnNonFiniteGradient
+    from .training.removal import AttentionRemoval
+    from .training.trainer_mixin import LambdaViTTrainer, LambdaViTTrainerMixin
 
     __version__: str
 
@@ -53,21 +57,28 @@ register_auto_classes()
 
 # Imported when first used: a served model needs nothing of the extra `train`. The same names as above.
 _LAZY = {
+    "AttentionRemoval": "training.removal",
     "AttentionSelection": "selection.select",
+    "DilutionConfig": "training.dilution",
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
+    "LambdaViTTrainer": "training.trainer_mixin",
+    "LambdaViTTrainerMixin": "training.trainer_mixin",
     "SaveOnSigterm": "training.guards",
     "SelectionConfig": "selection.config",
     "StopOnNonFiniteGradient": "training.guards",
     "find_resumable_checkpoint": "training.checkpoints",
+    "finish_checkpoint": "training.finishing",
     "select_attention_layers": "selection.select",
     "summarize": "evaluation.accounting",
 }
 
 __all__ = [
+    "AttentionRemoval",
     "AttentionSelection",
     "AutoLambdaModel",
     "AutoLambdaModelForImageClassification",
+    "DilutionConfig",
     "EmaCallback",
     "EntropyGuidedRemovalCallback",
     "LambdaCLIPVisionConfig",
@@ -97,10 +108,13 @@ __all__ = [
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
+    "LambdaViTTrainer",
+    "LambdaViTTrainerMixin",
     "SaveOnSigterm",
     "SelectionConfig",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
+    "finish_checkpoint",
     "select_attention_layers",
     "summarize",
 ]
