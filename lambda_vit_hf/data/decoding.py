@@ -45,7 +45,7 @@ def decode_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) ->
     Args:
         item (`dict`, `bytes`, `str`, `Path` or `PIL.Image.Image`):
             `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives it; the content or path of a file; or
-            an image that is decoded already (it is only converted).
+            an opened image, which is turned upright and converted.
         max_pixels (`int`, *optional*, defaults to 178,956,970):
             Images with more are refused, by their header, before any memory is taken for them.
         name (`str`, *optional*): how to call the image in errors, where it has no path.
@@ -54,7 +54,7 @@ def decode_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) ->
         UnreadableImageError: naming the image, and why.
     """
     if isinstance(item, PIL.Image.Image):
-        return to_rgb(item)
+        return to_rgb(_upright(item))
     try:
         with open_image(item, max_pixels, name) as image:
             image.load()

@@ -2,8 +2,8 @@
 
     python serve.py picture.jpg another.png
 
-Beside this file: `model.onnx`, and `preprocessing.json`, which says what happens to a picture first and what the
-classes are called.
+Beside this file: `model.onnx`; `preprocessing.json`, which says what happens to a picture first and what the classes
+are called; `decoding.py`, which reads pictures as they were read in training.
 """
 
 import json
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import PIL.Image
-import PIL.ImageOps
+
+from ..data.decoding import decode_image
 
 
 class OnnxImageClassifier:
@@ -45,9 +46,9 @@ class OnnxImageClassifier:
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
-        """Pixel values `(3, height, width)`, float32, of one picture of any mode and size."""
+        """Pixel values `(3, height, width)`, float32, of one picture of any mode and size, turned upright."""
         wanted = self.preprocessing
-        image = to_rgb(PIL.ImageOps.exif_transpose(image))
+        image = decode_image(image)
         if wanted["resize"]:
             size = _resized(image, wanted["resize"])
             image = image.resize(size, PIL.Image.Resampling[wanted["resample"].upper()])
@@ -75,13 +76,6 @@ class OnnxImageClassifier:
         ]
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An 8-bit RGB picture; 16 bits a pixel are scaled (Pillow alone would clip them to white)."""
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def _resized(image: PIL.Image.Image, size: dict) -> tuple[int, int]:
     """Width and height after resizing: as given, or with the shorter side as given."""
     if "shortest_edge" not in size:
@@ -102,8 +96,7 @@ def main(files: Sequence[str]) -> None:
         raise SystemExit(__doc__)
     classifier = OnnxImageClassifier(Path(__file__).parent)
     for file in files:
-        with PIL.Image.open(file) as image:
-            (best,) = classifier.classify([image], top_k=3)
+        (best,) = classifier.classify([decode_image(file)], top_k=3)
         print(f"{file}: {', '.join('{label} ({score:.3f})'.format(**one) for one in best)}")
 
 

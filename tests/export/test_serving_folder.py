@@ -67,6 +67,29 @@ def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
         np.testing.assert_array_equal(classifier.preprocess(picture), classifier.preprocess(photographs[0]))
 
 
+def test_deep_and_floating_point_pictures_are_served_as_they_were_read_in_training(photographs):
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    gray = np.asarray(photographs[0].convert("L"))
+    expected = classifier.preprocess(photographs[0].convert("L"))
+    pictures = {"I": gray.astype(np.int32) * 257, "F in 255ths": gray / np.float32(1), "F": gray / np.float32(255)}
+    for name, values in pictures.items():
+        found = classifier.preprocess(PIL.Image.fromarray(values))
+        np.testing.assert_allclose(found, expected, atol=0.05, err_msg=name)
+
+
+def test_exif_data_of_a_wrong_type_do_not_stop_the_server(photographs, tmp_path):
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, and a resolution
+    damaged = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")  # written as a byte
+    assert damaged != exif.tobytes()
+    photographs[0].rotate(90, expand=True).save(tmp_path / "lying.png", exif=damaged)
+    with PIL.Image.open(tmp_path / "lying.png") as picture:
+        np.testing.assert_array_equal(classifier.preprocess(picture), classifier.preprocess(photographs[0]))
+
+
 def test_a_processor_that_cannot_be_described_is_refused():
     with pytest.raises(ValueError, match="longest_edge"):
         describe_preprocessing(ViTImageProcessor(size={"shortest_edge": 16, "longest_edge": 20}), ["a"])
@@ -93,7 +116,7 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
     processor = ViTImageProcessor(**PROCESSORS["square"])
     check = export_for_serving(removed.eval(), processor, tmp_path / "served")
     assert check.file == "model.onnx" and check.max_difference < 1e-4
-    names = ["README.md", "model.onnx", "preprocessing.json", "serve.py"]
+    names = ["README.md", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == names
     paths = []
     for index, photograph in enumerate(photographs):
