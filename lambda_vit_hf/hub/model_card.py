@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from transformers import Trainer
 
 from ..evaluation.accounting import count_macs, count_parameters
-from ..evaluation.throughput import describe_environment
+from ..evaluation.throughput import describe_environment, markdown_table
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification, LambdaViTPreTrainedModel
 from ..selection.select import AttentionSelection
 from .card_sections import update_card
@@ -166,15 +166,6 @@ def _training_rows(args, state, lambda_schedule: str | None, environment: dict[s
 def _one_line(text: str) -> str:
     """Names come from users: a line break in one must not start a heading or a metadata block."""
     return " ".join(text.splitlines())
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; cells are escaped so that names with `|` or line breaks stay in their cell."""
-
-    def line(cells):
-        return "| " + " | ".join(_one_line(str(cell)).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
 def _selection_text(facts: ModelCardFacts) -> str:
