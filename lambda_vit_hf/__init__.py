@@ -1,6 +1,8 @@
 """Vision transformers with fewer attention layers, inside the Hugging Face ecosystem."""
 
 import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
 
 from transformers import (
     AutoBackbone,
@@ -12,7 +14,6 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .evaluation.accounting import summarize
 from .models.configuration_lambda_vit import LambdaViTConfig
 from .models.modeling_lambda_vit import (
     LambdaViTBackbone,
@@ -20,11 +21,17 @@ from .models.modeling_lambda_vit import (
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
 )
-from .selection.select import AttentionSelection, select_attention_layers
-from .training.checkpoints import find_resumable_checkpoint
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .evaluation.accounting import summarize
+    from .selection.select import AttentionSelection, select_attention_layers
+    from .training.callback import EntropyGuidedRemovalCallback
+    from .training.checkpoints import find_resumable_checkpoint
+    from .training.ema import EmaCallback
+    from .training.guards import SaveOnSigterm, StopOnNonFiniteGradient
+
+    __version__: str
 
 AutoConfig.register(LambdaViTConfig.model_type, LambdaViTConfig, exist_ok=True)
 AutoBackbone.register(LambdaViTConfig, LambdaViTBackbone, exist_ok=True)
@@ -33,20 +40,17 @@ AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClass
 AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
-_TRAINING = {
+# Imported when first used: a served model needs nothing of the extra `train`. The same names as above.
+_LAZY = {
+    "AttentionSelection": "selection.select",
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
     "SaveOnSigterm": "training.guards",
     "StopOnNonFiniteGradient": "training.guards",
+    "find_resumable_checkpoint": "training.checkpoints",
+    "select_attention_layers": "selection.select",
+    "summarize": "evaluation.accounting",
 }
-
-
-def __getattr__(name: str):
-    # Imported when asked for: a served model needs nothing of the `train` extra.
-    if name in _TRAINING:
-        return getattr(importlib.import_module(f".{_TRAINING[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "AttentionSelection",
@@ -63,3 +67,23 @@ __all__ = [
     "select_attention_layers",
     "summarize",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
+
+    def __getattr__(name: str):
+        if name == "__version__":
+            return importlib.metadata.version("lambda-vit-hf")
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f".{_LAZY[name]}", __name__)
+        except ImportError as error:
+            raise ImportError(
+                f"{name} needs what the extra `train` installs: pip install 'lambda-vit-hf[train]'. ({error})"
+            ) from error
+        return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
