@@ -23,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    from ..training.checkpoints import finish_checkpoint
+    from ..training.finishing import finish_checkpoint
 
     output_dir = arguments.output_dir or arguments.checkpoint.resolve().parent / "finished"
     finish_checkpoint(arguments.checkpoint, output_dir)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from .dilution import DilutionConfig
 from .recipes import find_recipe, read_recipe, take_recipe
 
 
@@ -105,6 +106,24 @@ class RemovalArguments:
     hold_share: float = field(default=0.25, metadata={"help": "Share of training, at its end, with lambda = 0."})
     granularity: str = field(default="step", metadata={"help": "Lambda changes every step or every epoch."})
     fold: bool = field(default=True, metadata={"help": "Fold the removed identity into the weights."})
+
+    def amount(self) -> dict:
+        """How many layers, or which."""
+        return {
+            "removal_ratio": self.removal_ratio,
+            "num_removed_layers": self.num_removed_layers,
+            "removed_layers": self.removed_layers,
+        }
+
+    def selection_config(self, seed: int = 0):
+        """How layers are chosen, as [`SelectionConfig`]."""
+        from ..selection.config import SelectionConfig  # here, for --help need not wait for it
+
+        return SelectionConfig(self.strategy, self.output, self.mask, self.compare, self.calibration_size, seed)
+
+    def dilution_config(self) -> DilutionConfig:
+        """How attention fades."""
+        return DilutionConfig(self.schedule, self.hold_share, self.granularity, self.fold)
 
 
 @dataclass

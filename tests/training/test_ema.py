@@ -124,10 +124,12 @@ def test_a_checkpoint_holds_raw_weights_and_the_average_beside_them(model, tmp_p
 def test_a_resumed_run_ends_in_the_same_average(model, tmp_path):
     settings = dict(save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=3)
     resumed = copy.deepcopy(model)
-    trained(model, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(layers=[1, 4])], **settings)
+    trained(model, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(removed_layers=[1, 4])], **settings)
     shutil.rmtree(tmp_path / "checkpoint-10")
     shutil.rmtree(tmp_path / "checkpoint-12")
-    trained(resumed, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(layers=[1, 4])], True, **settings)
+    trained(
+        resumed, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(removed_layers=[1, 4])], True, **settings
+    )
     assert torch.equal(weights(resumed), weights(model))
     assert resumed.config.removed_layers == model.config.removed_layers == [1, 4]
 
@@ -184,7 +186,7 @@ def test_a_checkpoint_whose_average_was_not_written_is_not_whole(model, tmp_path
 
 def test_the_shipped_model_is_the_average_removed_and_folded(model, tmp_path):
     by_hand = ByHand()
-    callbacks = [EmaCallback(DECAY), by_hand, EntropyGuidedRemovalCallback(layers=[1, 4])]
+    callbacks = [EmaCallback(DECAY), by_hand, EntropyGuidedRemovalCallback(removed_layers=[1, 4])]
     trainer = trained(model, tmp_path, callbacks)
     expected = by_hand.average.module
     expected.set_attention_lambda(0.0, [1, 4])
@@ -210,7 +212,7 @@ def test_lambda_is_copied_and_the_averaged_model_follows_it(model, tmp_path):
             states = [[layer.attention_state for layer in one.encoder_layers] for one in (averaged, model)]
             assert states[0] == states[1]
 
-    trained(model, tmp_path, [ema, Watch(), EntropyGuidedRemovalCallback(layers=[2])])
+    trained(model, tmp_path, [ema, Watch(), EntropyGuidedRemovalCallback(removed_layers=[2])])
     assert seen[0] == 1.0 and 0.0 < seen[4] < 1.0 and seen[-1] == 0.0
 
 
@@ -230,7 +232,7 @@ def test_the_best_checkpoints_average_is_shipped(model, tmp_path):
 
 def test_standing_after_the_removal_is_refused_before_the_first_step(model, tmp_path):
     with pytest.raises(ValueError, match="must stand before EntropyGuidedRemovalCallback"):
-        trained(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[1]), EmaCallback(DECAY)])
+        trained(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1]), EmaCallback(DECAY)])
     assert model.config.removed_layers == []
 
 
