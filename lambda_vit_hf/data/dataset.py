@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from .decoding import MAX_PIXELS, UnreadableImages
-from .sampling import fixed_randomness
+from .decoding import MAX_PIXELS, UnreadableImageError, UnreadableImages, image_name, open_image
+from .sampling import evenly_spaced, fixed_randomness
 
 
 LEFT_OUT = -100  # the label that losses leave out (`ignore_index` of torch's cross entropy)
@@ -181,3 +181,42 @@ def collate(items: list[Mapping]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.tensor([item["labels"] for item in items]),
     }
+
+
+def check_images(
+    dataset: datasets.Dataset,
+    limit: int = 50_000,
+    unreadable: UnreadableImages | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """
+    Read the header of every image (of `limit` evenly spaced ones, if there are more), without decoding pixels.
+
+    Args:
+        dataset (`datasets.Dataset`): with columns `image` and `label`.
+        limit (`int`, *optional*, defaults to 50,000): images to look at.
+        unreadable ([`~lambda_vit_hf.data.decoding.UnreadableImages`], *optional*):
+            Notes files that are no images, and raises if they are too many; by default the first raises.
+        max_pixels (`int`, *optional*): see [`~lambda_vit_hf.data.decoding.decode_image`].
+
+    Raises:
+        ValueError: naming the first files that are no images.
+        UnreadableImageError: if `unreadable` says so.
+    """
+    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+    broken = []
+    for index in evenly_spaced(len(undecoded), limit):
+        item, name = undecoded[index]["image"], f"row {index}"
+        if unreadable is not None and unreadable.on_error == "skip":
+            unreadable.check(item, name, max_pixels)
+            continue
+        try:
+            with open_image(item, max_pixels, name):
+                pass
+        except UnreadableImageError as error:
+            broken.append(f"{image_name(item, name)} ({type(error.__cause__).__name__})")
+    if broken:
+        shown = ", ".join(broken[:5])
+        raise ValueError(
+            f"{len(broken)} files of the dataset are no readable images: {shown}. Remove or replace them."
+        )

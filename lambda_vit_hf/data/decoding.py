@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 # 178.9 million pixels, half a gigabyte as RGB: twice what Pillow warns of, where Pillow itself refuses too.
 MAX_PIXELS = 2 * 89_478_485
+# Of Pillow's other formats some have no signature and fit any file, and EPS starts Ghostscript.
+PIL.Image.init()
+FORMATS = [
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in PIL.Image.OPEN
+]
 ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,12 +45,12 @@ def decode_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) ->
 
     As in `transformers.pipeline` and in `datasets`, the rotation in the EXIF data is applied, an animation gives its
     first frame, and transparency is dropped (the colour below it shows). Unlike there, more than 8 bits a channel are
-    scaled and not clipped (see [`to_rgb`]).
+    scaled and not clipped (see [`to_rgb`]). The result carries no metadata: nobody can rotate it a second time.
 
     Args:
         item (`dict`, `bytes`, `str`, `Path` or `PIL.Image.Image`):
             `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives it; the content or path of a file; or
-            an opened image, which is turned upright and converted.
+            an image that is opened or decoded already.
         max_pixels (`int`, *optional*, defaults to 178,956,970):
             Images with more are refused, by their header, before any memory is taken for them.
         name (`str`, *optional*): how to call the image in errors, where it has no path.
@@ -53,12 +58,12 @@ def decode_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) ->
     Raises:
         UnreadableImageError: naming the image, and why.
     """
-    if isinstance(item, PIL.Image.Image):
-        return to_rgb(_upright(item))
     try:
+        if isinstance(item, PIL.Image.Image):
+            check_size(item, max_pixels)
+            return upright_rgb(item)
         with open_image(item, max_pixels, name) as image:
-            image.load()
-            return to_rgb(_upright(image))
+            return upright_rgb(image)
     except (UnreadableImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
@@ -68,15 +73,15 @@ def decode_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) ->
 def open_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) -> PIL.Image.Image:
     """The image with its header read and its size checked, but no pixel decoded; for `with`. See [`decode_image`]."""
     try:
-        image = PIL.Image.open(_source(item))
+        image = PIL.Image.open(_source(item), formats=FORMATS)
+        try:
+            check_size(image, max_pixels)
+        except PIL.Image.DecompressionBombError:
+            image.close()
+            raise
     except MemoryError:
         raise
     except Exception as error:
-        raise _unreadable(item, name, error) from error
-    if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height}"
-        image.close()
-        error = PIL.Image.DecompressionBombError(f"{size} pixels are more than the limit of {max_pixels:,}")
         raise _unreadable(item, name, error) from error
     return image
 
@@ -107,14 +112,33 @@ def _source(item):
     return item
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+# From here to `_eight_bits`, export/onnx_serving.py carries a copy: an exported folder is served without this package.
+
+
+def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+    """
+    Raises:
+        PIL.Image.DecompressionBombError: if the image has more pixels.
+    """
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height}"
+        raise PIL.Image.DecompressionBombError(f"{size} pixels are more than the limit of {max_pixels:,}")
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The 8-bit RGB image of one of any mode, rotated as its EXIF data say, without them. See [`to_rgb`]."""
+    image.load()
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # broken EXIF data is common, and says nothing about the pixels: the image stays as it is stored
+    except Exception:  # broken EXIF data are common, and say nothing about the pixels: the image stays as it is stored
         logger.debug("EXIF data cannot be read.", exc_info=True)
-        return image
+        orientation = None
     # Not ImageOps.exif_transpose: it writes the EXIF data anew, which fails where they are slightly out of order.
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    image = to_rgb(image)
+    image.info = {}  # with the EXIF data in it a later exif_transpose would rotate once more
+    return image
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -1,30 +1,26 @@
-"""Where images come from: digits, folders, parquet and IDX files, datasets of the Hub; whole, or as a stream."""
+"""The one loader of images: digits, local folders, datasets of the Hub; whole, or as a stream."""
 
-import hashlib
-import re
-from collections.abc import Mapping
+import glob
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
 import pyarrow.parquet
+import torch
 
-from .decoding import MAX_PIXELS, UnreadableImageError, UnreadableImages, image_name, open_image
 from .idx_files import load_idx
-from .sampling import evenly_spaced
+from .labels import compare_classes, find_columns, names_of_classes, with_class_labels
+from .layout import SplitFiles, exact_split, read_layout
+from .shards import as_stream, note_sizes, sizes_of_stream, stream_from_hub
 
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
+logger = logging.getLogger(__name__)
 
 
 def load_digits(seed: int = 0) -> dict[str, datasets.Dataset]:
@@ -32,6 +28,10 @@ def load_digits(seed: int = 0) -> dict[str, datasets.Dataset]:
     The 1,797 handwritten digits that ship with scikit-learn: 8 x 8 gray PNGs, 80 % `train` and 20 % `validation`,
     stratified.
     """
+    return _with_validation({"train": _all_digits()}, seed)
+
+
+def _all_digits() -> datasets.Dataset:
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -39,8 +39,7 @@ def load_digits(seed: int = 0) -> dict[str, datasets.Dataset]:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    return _with_validation({"train": whole}, "label", seed)
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
 
 
 def load_image_dataset(
@@ -51,45 +50,158 @@ def load_image_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool = False,
+    train_dir: str | Path | None = None,
+    validation_dir: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    needed: str = "train",
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """
-    Splits `train` and `validation`, each with an `Image` column `image` and a `ClassLabel` column `label`.
+    Splits `train` and `validation`, each with an `Image` column `image` and a `ClassLabel` column `label`. What was
+    understood is logged.
 
     Args:
         name (`str`, *optional*): `"digits"`, or the id of a dataset on the Hub; or
         directory (`str` or `Path`, *optional*):
-            A local folder: parquet files (`train*.parquet`, `validation*.parquet`); images in one folder per class,
-            with or without `train` and `validation` (or `test`) above them; or the four IDX files of the MNIST
-            family (`train-images-idx3-ubyte.gz`, ...), with or without gzip.
-        seed (`int`, *optional*, defaults to 0): for the split, where there is no validation set: a fifth of `train`.
+            A local folder: images in one folder per class, with or without a folder for each split above them; parquet
+            files; images with a `metadata.csv`; or the IDX files of the MNIST family. docs/data.md has the rules. Or
+        train_dir, validation_dir (`str` or `Path`, *optional*):
+            A folder for each split. Of their folders each is a class, though it be called `train`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the random fifth of `train` that is held out where there is neither a validation nor a test split.
         config_name (`str`, *optional*): configuration of a dataset on the Hub.
-        image_column, label_column (`str`, *optional*): by default the only columns of type `Image` and `ClassLabel`.
+        image_column, label_column (`str`, *optional*): see [`~lambda_vit_hf.data.labels.find_columns`].
         streaming (`bool`, *optional*, defaults to `False`):
             `train` is a `datasets.IterableDataset` for [`~lambda_vit_hf.data.streaming.StreamedImages`], with images
             undecoded; parquet files and the Hub are then read as training goes on, and never copied to the disk.
             `validation` is a `datasets.Dataset` all the same: it is small, read again and again, and no image of it
             may count twice. Of a dataset on the Hub it is downloaded once and kept in the cache of `datasets`.
+        class_names (`Sequence[str]`, *optional*): other names for the classes, in their order.
+        needed (`str`, *optional*, defaults to `"train"`):
+            With `"validation"`, a dataset without training images is accepted.
 
     Raises:
-        FileNotFoundError: if `directory` does not exist.
-        ValueError: if there are no images or labels, if the splits differ in their classes, or if parquet files or
-            the Hub are streamed without a validation set.
+        FileNotFoundError, NotADirectoryError: if a folder does not exist.
+        ValueError: naming the folder, file, column or classes without a clear meaning; if there are no images; if
+            parquet files or the Hub are streamed without a validation set.
     """
-    if (name is None) == (directory is None):
-        raise ValueError("Give exactly one of a dataset name and a dataset directory.")
+    if [bool(name), bool(directory), bool(train_dir or validation_dir)].count(True) != 1:
+        raise ValueError(
+            "Give exactly one of a dataset name, a dataset directory, and train_dir (with or without validation_dir)."
+        )
+    if name and name != "digits" and os.path.isdir(name):
+        name, directory = None, name
+    files, ignored = {}, []
     if name == "digits":
-        loaded = load_digits(seed)
-    elif name is not None:
-        loaded = _stream_from_hub(name, config_name) if streaming else datasets.load_dataset(name, config_name)
+        loaded = {"train": _all_digits()}
+    elif name:
+        loaded, ignored = _load_from_hub(name, config_name, streaming)
     else:
-        loaded = _load_directory(Path(directory), streaming)
-    one_split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    columns = find_columns(one_split, image_column, label_column)
-    loaded = {split: _two_columns(part, *columns) for split, part in loaded.items()}
-    loaded = _with_validation(loaded, "label", seed)
-    if streaming and isinstance(loaded["train"], datasets.Dataset):
+        files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
+        loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
+    origin = {split: files[split].path if split in files else split for split in loaded}
+    if "validation" in loaded:
+        loaded.pop("test", None)
+    elif "test" in loaded:
+        loaded["validation"] = loaded.pop("test")
+        origin["validation"] = f"{origin['test']}, a test split, as there is no validation split"
+    if needed not in loaded and "train" not in loaded:
+        raise ValueError(f"A `train` split is needed, found {list(origin)} in {name or directory or validation_dir}.")
+    loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
+    columns = find_columns(next(iter(loaded.values())), image_column, label_column)
+    classes = {}
+    for split, part in loaded.items():
+        find_columns(part, *columns, where=origin[split])
+        classes[split] = names_of_classes(part, columns[1], files[split].files if split in files else None)
+        loaded[split] = _two_columns(part, *columns)
+    compare_classes(classes)
+    found = next(iter(classes.values()))
+    names = list(class_names or found)
+    if len(names) != len(found) or len(set(names)) != len(names):
+        raise ValueError(f"`class_names` must be {len(found)} different names, for {found}; got {names}.")
+    loaded = {split: with_class_labels(part, "label", found, names) for split, part in loaded.items()}
+    if "validation" not in loaded:
+        loaded = _with_validation(loaded, seed)
+        origin["validation"] = "a random fifth of train, as there is no validation split"
+    has_folders = all(part.kind == "class folders" for part in files.values()) and files
+    labels = "the class folders" if has_folders else f"the column {columns[1]!r}"
+    _say(loaded, origin, names, f"{labels} ({', '.join(found[:5])}, ...)" if class_names else labels, ignored)
+    if streaming and "train" in loaded and not _is_stream(loaded["train"]):
         loaded["train"] = as_stream(loaded["train"])
     return loaded
+
+
+def _is_stream(part) -> bool:
+    return isinstance(part, datasets.IterableDataset)
+
+
+def _read_layouts(directory, one_each: Mapping) -> tuple[dict[str, SplitFiles], list[str]]:
+    if directory:
+        return read_layout(directory)
+    files, ignored = {}, []
+    for split, folder in one_each.items():
+        if folder:
+            found, more = read_layout(folder, find_splits=False)
+            files[split] = found["train"]
+            ignored += more
+    return files, ignored
+
+
+def _load_files(split: str, part: SplitFiles, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    if part.kind == "idx":
+        return load_idx(part.files)
+    if part.kind == "class folders":
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=part.classes)})
+        index = {name: number for number, name in enumerate(part.classes)}
+        rows = {"image": part.files, "label": [index[name] for name in part.labels]}
+        return datasets.Dataset.from_dict(rows, features=features)
+    if part.kind == "metadata":
+        loaded = _load_table("imagefolder", split, part.files)
+        _compare_with_files(loaded, part)
+        return loaded
+    sizes = [_num_rows(file) for file in part.files]
+    if not any(sizes):
+        raise ValueError(f"{part.files[0]} has no rows: expected the images of split {split}.")
+    loaded = _load_table("parquet", split, part.files, streaming=streaming and split == "train")
+    if _is_stream(loaded):
+        note_sizes(loaded, sizes)
+    return loaded
+
+
+def _load_table(kind: str, split: str, files: list[str], **options):
+    try:
+        # Each split alone: read together, all would get the class names of the first, in its order.
+        return datasets.load_dataset(kind, data_files={split: [glob.escape(file) for file in files]}, **options)[split]
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{files[0]} (split {split}) cannot be read: {error.__cause__ or error}") from error
+
+
+def _num_rows(file: str) -> int:
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is no parquet file, or is cut short: {error}") from error
+
+
+def _compare_with_files(loaded: datasets.Dataset, part: SplitFiles) -> None:
+    rows = loaded.cast_column("image", datasets.Image(decode=False))["image"] if "image" in loaded.features else []
+    described = Counter(row["path"] for row in rows)
+    for problem, paths in {
+        "names images that do not exist": set(described) - set(part.images),
+        "does not name images that lie beside it": set(part.images) - set(described),
+        "names images twice": {path for path, count in described.items() if count > 1},
+    }.items():
+        if paths:
+            raise ValueError(f"{part.files[0]} {problem}: {len(paths)}, such as {min(paths)}.")
+
+
+def _load_from_hub(name: str, config_name: str | None, streaming: bool) -> tuple[dict, list[str]]:
+    loaded = stream_from_hub(name, config_name) if streaming else datasets.load_dataset(name, config_name)
+    known: dict[str, datasets.Dataset] = {}
+    for key in sorted(loaded, key=lambda key: key != exact_split(key)):
+        if exact_split(key):
+            known.setdefault(exact_split(key), loaded[key])
+    kept = {id(part) for part in known.values()}
+    return known, [f"the split {key}" for key, part in loaded.items() if id(part) not in kept]
 
 
 def _two_columns(part, image_column: str, label_column: str):
@@ -102,192 +214,34 @@ def _two_columns(part, image_column: str, label_column: str):
     return part.rename_columns(new_names) if new_names else part
 
 
-def _load_directory(directory: Path, streaming: bool) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"The dataset folder {directory} does not exist.")
-    parquet = sorted(directory.rglob("*.parquet"))
-    if parquet:
-        files: dict[str, list[str]] = {}
-        for path in parquet:
-            files.setdefault(_split_of(path.relative_to(directory)), []).append(str(path))
-        # Each split alone: read together, all would get the class names of the first, in its order.
-        return {split: _load_parquet(split, paths, streaming and split == "train") for split, paths in files.items()}
-    if list(directory.glob("train-images*idx3-ubyte*")):
-        return load_idx(directory)
-    if not any(path.is_file() for path in directory.rglob("*")):
-        raise ValueError(f"The dataset folder {directory} is empty: expected images or parquet files.")
-    splits = {
-        SPLIT_NAMES[path.name]: path for path in directory.iterdir() if path.is_dir() and path.name in SPLIT_NAMES
-    }
-    if "train" not in splits:
-        splits = {"train": directory}
-    _check_folder_classes(splits)
-    # Named one by one: left to itself, imagefolder takes a class such as `train_track` for a split.
-    files = {split: str(path / "**") for split, path in splits.items()}
-    return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False)
-
-
-def _load_parquet(split: str, paths: list[str], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    loaded = datasets.load_dataset("parquet", data_files={split: paths}, streaming=streaming)[split]
-    if streaming:
-        _note_sizes(loaded, [pyarrow.parquet.read_metadata(path).num_rows for path in paths])
-    return loaded
-
-
-def _stream_from_hub(name: str, config_name: str | None) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    builder = datasets.load_dataset_builder(name, config_name)
-    loaded = {str(split): stream for split, stream in builder.as_streaming_dataset().items()}
-    for split in ("validation", "test"):
-        if split in loaded:
-            # The builder's folder names the dataset, its configuration and its revision.
-            fingerprint = hashlib.sha256(f"{builder.cache_dir} {split}".encode()).hexdigest()[:16]
-            stream = loaded[split].cast_column(find_columns(loaded[split])[0], datasets.Image(decode=False))
-            loaded[split] = datasets.Dataset.from_generator(
-                _rows, features=loaded[split].features, gen_kwargs={"stream": stream}, fingerprint=fingerprint
-            )
-            break
-    return {split: part for split, part in loaded.items() if split == "train" or isinstance(part, datasets.Dataset)}
-
-
-def _rows(stream: datasets.IterableDataset):
-    yield from stream
-
-
-def as_stream(dataset: datasets.Dataset, num_shards: int | None = None, seed: int = 0) -> datasets.IterableDataset:
-    """
-    A dataset on the disk as a stream in random order (the same for the same seed), images undecoded.
-
-    Args:
-        dataset (`datasets.Dataset`): with columns `image` and `label`.
-        num_shards (`int`, *optional*): by default one for 64 images, at most 256.
-        seed (`int`, *optional*, defaults to 0): of the order.
-    """
-    size = len(dataset)
-    num_shards = num_shards or min(256, -(-size // 64))
-    order = np.random.default_rng(seed).permutation(size)
-    dataset = dataset.cast_column("image", datasets.Image(decode=False)).select(order)
-    stream = dataset.to_iterable_dataset(num_shards=num_shards)
-    _note_sizes(stream, [size // num_shards + (index < size % num_shards) for index in range(num_shards)])
-    return stream
-
-
-def _note_sizes(stream: datasets.IterableDataset, sizes: list[int]) -> None:
-    split = datasets.SplitInfo("train", num_examples=sum(sizes), original_shard_lengths=sizes)
-    stream.info.splits = datasets.SplitDict({"train": split})
-
-
-def sizes_of_stream(stream: datasets.IterableDataset) -> tuple[int | None, list[int] | None]:
-    """
-    Number of images in the `train` split of a stream, and in each of its shards; `None` where that is not known
-    without reading (the shards of a dataset on the Hub; such a dataset as a whole, if its page does not say it).
-    """
-    split = (stream.info.splits or {}).get("train")
-    if split is None or not split.num_examples:
-        return None, None
-    sizes = split.original_shard_lengths
-    fits = sizes is not None and len(sizes) == stream.num_shards and sum(sizes) == split.num_examples
-    return split.num_examples, sizes if fits else None
-
-
-def _split_of(path: Path) -> str:
-    """Split of a parquet file, by the first word of its name (`validation-00000-of-00003`), then by its folders."""
-    words = [re.split(r"[-_.]", path.name.lower())[0], *reversed([part.lower() for part in path.parts[:-1]])]
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
-
-
-def _check_folder_classes(splits: Mapping[str, Path]) -> None:
-    # imagefolder merges the classes of all splits, which shifts the labels of one split by another's folders.
-    classes = {name: {entry.name for entry in path.iterdir() if entry.is_dir()} for name, path in splits.items()}
-    for name, found in classes.items():
-        if found != classes["train"]:
-            only = sorted(found ^ classes["train"])
-            raise ValueError(f"The class folders of {splits[name]} and {splits['train']} differ: {only}.")
-
-
-def find_columns(
-    dataset: datasets.Dataset, image_column: str | None = None, label_column: str | None = None
-) -> tuple[str, str]:
-    """
-    Names of the image and the label column: as given, else by type.
-
-    Raises:
-        ValueError: if a given column is missing or of another type, or if the choice is not clear.
-    """
-    found = {}
-    wishes = ((datasets.Image, image_column, "image_column"), (datasets.ClassLabel, label_column, "label_column"))
-    for kind, wish, option in wishes:
-        names = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
-        names = names if wish is None else [name for name in names if name == wish]
-        if len(names) != 1:
-            columns = {name: type(feature).__name__ for name, feature in dataset.features.items()}
-            raise ValueError(
-                f"Expected one {kind.__name__} column{f' {wish!r}' if wish else ''}, found {names} among {columns}."
-                f" `{option}` names the one to use."
-            )
-        found[kind] = names[0]
-    return found[datasets.Image], found[datasets.ClassLabel]
-
-
-def _with_validation(loaded: Mapping, label_column: str, seed: int) -> dict:
-    if "train" not in loaded:
-        raise ValueError(f"A `train` split is needed, found {list(loaded)}.")
+def _with_validation(loaded: Mapping, seed: int) -> dict:
     train = loaded["train"]
-    names = train.features[label_column].names
-    if len(names) < 2:
-        raise ValueError(f"At least two classes are needed, found {names}.")
-    validation = next((loaded[name] for name in ("validation", "test") if name in loaded), None)
-    if validation is None:
-        if isinstance(train, datasets.IterableDataset):
-            raise ValueError("A stream needs a `validation` split: only of a dataset on the disk can a part be taken.")
-        parts = train.train_test_split(test_size=0.2, stratify_by_column=label_column, seed=seed)
-        return {"train": parts["train"], "validation": parts["test"]}
-    if validation.features[label_column].names != names:
+    if _is_stream(train):
+        raise ValueError("A stream needs a `validation` split: only of a dataset on the disk can a part be taken.")
+    names, counts = train.features["label"].names, Counter(train["label"])
+    if lonely := [names[label] for label, count in sorted(counts.items()) if count < 2]:
         raise ValueError(
-            f"The classes of the splits differ: train has {names}, validation has"
-            f" {validation.features[label_column].names}."
+            f"Classes with one image: {lonely}. A fifth of each class is held out for validation, which takes two at"
+            " least: add images, remove the class, or pass a validation split."
         )
-    return {"train": train, "validation": validation}
+    size = max(math.ceil(0.2 * len(train)), len(counts))
+    parts = train.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
+    return {"train": parts["train"], "validation": parts["test"]}
 
 
-def check_images(
-    dataset: datasets.Dataset,
-    limit: int = 50_000,
-    unreadable: UnreadableImages | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> None:
-    """
-    Read the header of every image (of `limit` evenly spaced ones, if there are more), without decoding pixels, and
-    check every label.
-
-    Args:
-        dataset (`datasets.Dataset`): with columns `image` and `label`.
-        limit (`int`, *optional*, defaults to 50,000): images to look at.
-        unreadable ([`~lambda_vit_hf.data.decoding.UnreadableImages`], *optional*):
-            Notes files that are no images, and raises if they are too many; by default the first raises.
-        max_pixels (`int`, *optional*): see [`~lambda_vit_hf.data.decoding.decode_image`].
-
-    Raises:
-        ValueError: naming the first files that are no images, or a label outside the classes.
-        UnreadableImageError: if `unreadable` says so.
-    """
-    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
-    broken = []
-    for index in evenly_spaced(len(undecoded), limit):
-        item, name = undecoded[index]["image"], f"row {index}"
-        if unreadable is not None and unreadable.on_error == "skip":
-            unreadable.check(item, name, max_pixels)
-            continue
-        try:
-            with open_image(item, max_pixels, name):
-                pass
-        except UnreadableImageError as error:
-            broken.append(f"{image_name(item, name)} ({type(error.__cause__).__name__})")
-    if broken:
-        shown = ", ".join(broken[:5])
-        raise ValueError(
-            f"{len(broken)} files of the dataset are no readable images: {shown}. Remove or replace them."
+def _say(loaded: Mapping, origin: Mapping, names: list[str], labels: str, ignored: list[str]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    for split, part in loaded.items():
+        size = sizes_of_stream(part)[0] if _is_stream(part) else len(part)
+        logger.info(
+            "%s: %s images (%s)", split, "an unknown number of" if size is None else f"{size:,}", origin[split]
         )
-    num_classes = dataset.features["label"].num_classes
-    bad_labels = [label for label in set(undecoded["label"]) if label is None or not 0 <= label < num_classes]
-    if bad_labels:
-        raise ValueError(f"Labels {bad_labels[:5]} lie outside the {num_classes} classes of the `label` column.")
+    logger.info("%d classes, in this order: %s; labels from %s", len(names), _some(names, 10), labels)
+    if ignored:
+        logger.info("Ignored: %s", _some(ignored, 5))
+
+
+def _some(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

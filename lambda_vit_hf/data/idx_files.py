@@ -1,47 +1,53 @@
 """The files of MNIST, Fashion-MNIST and their kin."""
 
 import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import PIL.Image
+import torch
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 
-def load_idx(directory: Path) -> dict[str, datasets.Dataset]:
+def load_idx(files: Sequence[str]) -> datasets.Dataset:
     """
-    Splits `train` and `validation` of the MNIST family, in the format of http://yann.lecun.com/exdb/mnist: big-endian
-    sizes, then bytes.
+    The images and labels of one split, in the format of http://yann.lecun.com/exdb/mnist.
 
     Args:
-        directory (`Path`): with `train-images-idx3-ubyte`, `train-labels-...`, `t10k-...`, each with `.gz` or without.
+        files (`Sequence[str]`): one file of images (`...-idx3-ubyte`) and one of labels (`...-idx1-ubyte`), each with
+            `.gz`, without, or both.
 
     Raises:
         ValueError: if a file is missing, of another format or cut short.
     """
-    splits = {}
-    for split, prefix in (("train", "train"), ("validation", "t10k")):
-        pixels, labels = (
-            _read_idx(directory, f"{prefix}-{kind}*-ubyte*", ndim) for kind, ndim in (("images", 3), ("labels", 1))
-        )
-        if len(pixels) != len(labels):
-            raise ValueError(f"{directory} has {len(pixels)} {split} images, but {len(labels)} labels.")
-        names = [str(number) for number in range(int(labels.max()) + 1)]
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-        images = [PIL.Image.fromarray(image) for image in pixels]
-        splits[split] = datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
-    return splits
+    plain = {file.removesuffix(".gz"): file for file in sorted(files, reverse=True)}
+    content = {}
+    for kind, read in (("idx3", read_image_file), ("idx1", read_label_file)):
+        found = [file for stem, file in plain.items() if kind in os.path.basename(stem)]
+        if len(found) != 1:
+            raise ValueError(f"Expected one {kind} file of a split, found {found} in {os.path.dirname(files[0])}.")
+        content[kind] = _read(found[0], read)
+    images, labels = content["idx3"], content["idx1"].tolist()
+    if len(images) != len(labels):
+        raise ValueError(f"{files[0]}: there are {len(images)} images, but {len(labels)} labels.")
+    names = [str(number) for number in range(max(labels, default=-1) + 1)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    images = [PIL.Image.fromarray(image) for image in images.numpy()]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _read_idx(directory: Path, pattern: str, ndim: int) -> np.ndarray:
-    files = sorted(directory.glob(pattern))
-    if len(files) != 1:
-        raise ValueError(f"Expected one file {pattern} in {directory}, found {[path.name for path in files]}.")
-    content = files[0].read_bytes()
-    if files[0].suffix == ".gz":
-        content = gzip.decompress(content)
-    header = 4 + 4 * ndim
-    shape = np.frombuffer(content[4:header], dtype=">u4")
-    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) != header + int(shape.prod()):
-        raise ValueError(f"{files[0]} is no IDX file of unsigned bytes in {ndim} dimensions, or is cut short.")
-    return np.frombuffer(content[header:], dtype=np.uint8).reshape(shape)
+def _read(file: str, read) -> torch.Tensor:
+    try:
+        if not file.endswith(".gz"):
+            return read(file)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "idx")
+            path.write_bytes(gzip.decompress(Path(file).read_bytes()))
+            return read(str(path))
+    # What torchvision asserts, and what follows where it does not look; and what gzip raises.
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is no IDX file of unsigned bytes, or is cut short.") from error

@@ -22,8 +22,26 @@ def fixed_randomness(seed: int):
             np.random.set_state(numpy_state)
 
 
-def evenly_spaced(num_items: int, size: int | None) -> list[int]:
-    """`size` indices spread over `range(num_items)`, all of them if there are fewer: covers sorted classes too."""
+def evenly_spaced(num_items: int, size: int | None, seed: int = 0) -> list[int]:
+    """
+    `size` indices spread over `range(num_items)`, all of them if there are fewer: one at random from each of `size`
+    equal parts. Covers classes that come one after the other, and those that take turns: every k-th index would not.
+
+    Args:
+        num_items (`int`): to choose from.
+        size (`int`, *optional*): by default all.
+        seed (`int`, *optional*, defaults to 0): the same seed gives the same indices.
+    """
     if size is None or size >= num_items:
         return list(range(num_items))
-    return [index * num_items // size for index in range(size)]
+    edges = np.arange(size + 1) * num_items // size
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:]).tolist()
+
+
+def balanced_folds(num_items: int, num_folds: int, seed: int = 0) -> torch.Tensor:
+    """
+    The fold `(num_items,)` of each item: of every `num_folds` items in a row each goes to another fold, at random. It
+    does not depend on how many items follow.
+    """
+    draws = np.random.default_rng(seed).random((-(-num_items // num_folds), num_folds))
+    return torch.from_numpy(draws.argsort(axis=1).ravel()[:num_items])

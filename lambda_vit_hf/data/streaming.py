@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from .dataset import ImagePreparation, collate, shared_number
 from .decoding import MAX_PIXELS, UnreadableImages
-from .folders import sizes_of_stream
+from .shards import sizes_of_stream
 
 
 logger = logging.getLogger(__name__)

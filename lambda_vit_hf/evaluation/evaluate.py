@@ -27,12 +27,13 @@ def load_split(
         directory (`str`, *optional*): a local folder, as in [`load_image_dataset`].
         split (`str`, *optional*, defaults to `"validation"`): `"train"` or `"validation"` (a test split, where there
             is no other).
-        columns: `config_name`, `image_column`, `label_column` of [`load_image_dataset`].
+        columns: `config_name`, `image_column`, `label_column`, `train_dir`, `validation_dir` and `class_names` of
+            [`load_image_dataset`].
 
     Raises:
         ValueError: if there is no such split.
     """
-    loaded = load_image_dataset(name, directory, **columns)
+    loaded = load_image_dataset(name, directory, needed=split, **columns)
     if split not in loaded:
         raise ValueError(f"No split {split!r}; there are {list(loaded)}.")
     return loaded[split]

@@ -8,16 +8,18 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.sampling import fixed_randomness
+from ..data.decoding import decode_image
+from ..data.sampling import balanced_folds, fixed_randomness
 
 
 class CalibrationBatches:
     """
     Batches of pixel values that can be gone through many times, whole or in parts.
 
-    Image number `n` belongs to fold `n % num_folds`. So every fold is a fair sample, even of images sorted by class,
-    and is the same at every reading and for every batch size. Random numbers of Python, numpy and torch start from the
-    same state at every reading: a shuffled or augmenting `DataLoader` gives the same images in the same order again.
+    Images are dealt out to folds at random, evenly along the set ([`~lambda_vit_hf.data.sampling.balanced_folds`]). So
+    every fold is a fair sample, also of images whose classes are sorted or take turns, and is the same at every
+    reading and for every batch size. Random numbers of Python, numpy and torch start from the same state at every
+    reading: a shuffled or augmenting `DataLoader` gives the same images in the same order again.
 
     Args:
         images (`torch.Tensor`, `DataLoader`, dataset or list):
@@ -75,13 +77,13 @@ class CalibrationBatches:
                 batches = self._read_positions(folds, rank, num_processes)
             else:
                 batches = itertools.islice(self._read_through(folds), rank, None, num_processes)
-            for pixel_values, positions in batches:
-                yield pixel_values, positions % self.num_folds
+            yield from batches
         if not self.num_images:
             raise ValueError("The calibration set is empty: at least one image is needed.")
 
     def _read_positions(self, folds: Sequence[int], rank: int, num_processes: int) -> Iterator:
-        positions = [n for n in range(self.num_images) if n % self.num_folds in folds]
+        fold_of = balanced_folds(self.num_images, self.num_folds)
+        positions = [n for n, fold in enumerate(fold_of.tolist()) if fold in folds]
         size = min(self.batch_size, -(-len(positions) // num_processes) or 1)  # of few images each process gets some
         batches = [positions[start : start + size] for start in range(0, len(positions), size)]
         batches = batches[rank::num_processes]
@@ -90,7 +92,7 @@ class CalibrationBatches:
         else:
             read = DataLoader(self.images, batch_sampler=batches, collate_fn=self._stack)
         for batch, pixel_values in zip(batches, read, strict=True):
-            yield pixel_values, torch.tensor(batch)
+            yield pixel_values, fold_of[batch]
 
     def _read_through(self, folds: Sequence[int]) -> Iterator:
         waiting, num_waiting, num_read, batch_size = [], 0, 0, 0
@@ -101,10 +103,10 @@ class CalibrationBatches:
             if pixel_values.ndim != 4:
                 raise TypeError(f"Expected a batch of images in 4 dimensions, got shape {tuple(pixel_values.shape)}.")
             batch_size = batch_size or len(pixel_values)
-            positions = torch.arange(num_read, num_read + len(pixel_values))
-            num_read += len(positions)
-            wanted = torch.isin(positions % self.num_folds, torch.tensor(list(folds)))
-            waiting.append((pixel_values[wanted], positions[wanted]))
+            fold_of = balanced_folds(num_read + len(pixel_values), self.num_folds)[num_read:]
+            num_read += len(pixel_values)
+            wanted = torch.isin(fold_of, torch.tensor(list(folds)))
+            waiting.append((pixel_values[wanted], fold_of[wanted]))
             num_waiting += int(wanted.sum())
             if num_waiting >= batch_size:
                 yield tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))
@@ -125,7 +127,7 @@ class CalibrationBatches:
         if isinstance(picture, PIL.Image.Image):
             if self.image_processor is None:
                 raise TypeError("Calibration images are pictures: pass the model's `image_processor` too.")
-            return self.image_processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            return self.image_processor(decode_image(picture), return_tensors="pt")["pixel_values"][0]
         try:
             return torch.as_tensor(item["pixel_values"])
         except (KeyError, TypeError, IndexError):

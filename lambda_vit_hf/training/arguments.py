@@ -50,13 +50,17 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, or `digits` (of scikit-learn)."})
     dataset_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with parquet files, with one image folder per class, or with IDX files."},
+        metadata={"help": "Folder of images: one folder per class, parquet files, metadata.csv, IDX (docs/data.md)."},
     )
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, for --dataset_dir."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of validation images beside it."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "By default the only Image column."})
-    label_column: str | None = field(default=None, metadata={"help": "By default the only ClassLabel column."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "By default the only ClassLabel column, or `label`."}
+    )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes, where the dataset has only numbers."}
+        default=None, metadata={"help": "Other names for the classes, in their order."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read training images one after another instead of storing them first."}
@@ -164,7 +168,11 @@ PROGRAM_ARGUMENTS = [
 ]
 
 # Of each group, what the command line names replaces what the recipe says.
-_EXCLUSIVE = (("removal_ratio", "num_removed_layers", "removed_layers"), ("dataset_name", "dataset_dir"))
+_EXCLUSIVE = (
+    ("removal_ratio", "num_removed_layers", "removed_layers"),
+    ("dataset_name", "dataset_dir", "train_dir"),
+    ("dataset_name", "dataset_dir", "validation_dir"),
+)
 # Names of before, accepted for one release.
 _RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
 

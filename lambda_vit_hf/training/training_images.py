@@ -6,10 +6,11 @@ import datasets
 from accelerate.utils import gather_object
 
 from ..data.augmentation import deit_augmentation
-from ..data.dataset import ProcessedImages, RandomShift, collate
+from ..data.dataset import ProcessedImages, RandomShift, check_images, collate
 from ..data.decoding import UnreadableImages
-from ..data.folders import check_images, load_image_dataset, sizes_of_stream
+from ..data.folders import load_image_dataset
 from ..data.mixing import MixupCollator
+from ..data.shards import sizes_of_stream
 from ..data.streaming import StreamedImages, sample_of_stream
 from .arguments import AugmentationArguments, DataArguments, LambdaTrainingArguments
 
@@ -21,22 +22,17 @@ def load_splits(data_args: DataArguments) -> dict[str, datasets.Dataset | datase
     Raises:
         FileNotFoundError, ValueError: on a dataset that cannot be used, or on a wrong number of `class_names`.
     """
-    splits = load_image_dataset(
+    return load_image_dataset(
         data_args.dataset_name,
         data_args.dataset_dir,
         config_name=data_args.dataset_config,
         image_column=data_args.image_column,
         label_column=data_args.label_column,
         streaming=data_args.streaming,
+        train_dir=data_args.train_dir,
+        validation_dir=data_args.validation_dir,
+        class_names=data_args.class_names,
     )
-    names = data_args.class_names
-    if names is None:
-        return splits
-    found = splits["train"].features["label"].names
-    if len(names) != len(found) or len(set(names)) != len(names):
-        raise ValueError(f"`class_names` must be {len(found)} different names, for {found}; got {names}.")
-    named = datasets.ClassLabel(names=names)
-    return {split: part.cast_column("label", named) for split, part in splits.items()}
 
 
 class TrainingImages:

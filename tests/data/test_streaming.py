@@ -13,7 +13,8 @@ from transformers.trainer_utils import has_length
 
 from lambda_vit_hf.data.dataset import AugmentationEpoch
 from lambda_vit_hf.data.decoding import UnreadableImageError, UnreadableImages
-from lambda_vit_hf.data.folders import as_stream, load_image_dataset, sizes_of_stream
+from lambda_vit_hf.data.folders import load_image_dataset
+from lambda_vit_hf.data.shards import as_stream, sizes_of_stream
 from lambda_vit_hf.data.streaming import StreamedImages, sample_of_stream
 from tests.miniature_imagenet import write_parquet
 

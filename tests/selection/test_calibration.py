@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lambda_vit_hf.data.sampling import evenly_spaced, fixed_randomness
+from lambda_vit_hf.data.sampling import balanced_folds
 from lambda_vit_hf.selection.calibration import CalibrationBatches, SameImages
 
 
@@ -136,16 +136,17 @@ def test_pictures_are_processed():
 
 @pytest.mark.parametrize("kind", ["tensor", "list of dicts", "list of batches", "stream", "DataLoader"])
 @pytest.mark.parametrize("num_processes", [1, 3])
-def test_folds_hold_every_so_many_th_image_and_processes_share_them(kind, num_processes):
+def test_folds_are_read_apart_and_processes_share_them(kind, num_processes):
     batches = CalibrationBatches({**UNBATCHED, **BATCHED}[kind](), batch_size=2, num_folds=4)
+    fold_of = balanced_folds(10, 4)
     for folds in ([0], [1, 3], [0, 1, 2, 3]):
         shares = [list(batches.read(folds, rank, num_processes)) for rank in range(num_processes)]
         read = [
             (fold, image) for share in shares for images, of in share for fold, image in zip(of, images, strict=True)
         ]
-        expected = [n for n in range(10) if n % 4 in folds]
+        expected = [n for n in range(10) if fold_of[n] in folds]
         assert sorted(image[0, 0, 0].item() for _, image in read) == IMAGES[expected, 0, 0, 0].tolist()
-        assert all(image[0, 0, 0].item() in IMAGES[int(fold) :: 4, 0, 0, 0].tolist() for fold, image in read)
+        assert all(image[0, 0, 0].item() in IMAGES[fold_of == fold, 0, 0, 0].tolist() for fold, image in read)
         assert batches.num_images == 10
 
 
@@ -198,63 +199,3 @@ def test_images_that_change_from_one_reading_to_the_next_are_noticed():
 def test_items_that_are_no_batches_of_images_say_what_they_are(images, named):
     with pytest.raises(TypeError, match=named):
         list(CalibrationBatches(images))
-
-
-@pytest.mark.parametrize(("num_items", "size"), [(10, 1), (10, 3), (10, 9), (1000, 512), (1797, 512), (7, 7)])
-def test_evenly_spaced_indices_are_spread_over_everything(num_items, size):
-    indices = evenly_spaced(num_items, size)
-    assert len(indices) == size
-    assert indices[0] == 0 and indices[-1] < num_items
-    # The gap behind the last index counts too: the end must not be left out.
-    gaps = np.diff([*indices, num_items])
-    assert gaps.min() >= 1, f"an index occurs twice: {indices}"
-    assert gaps.max() - gaps.min() <= 1, f"the gaps are uneven: {indices}"
-
-
-@pytest.mark.parametrize("size", [None, 5, 6, 1000])
-def test_fewer_items_than_wanted_are_all_taken(size):
-    assert evenly_spaced(5, size) == [0, 1, 2, 3, 4]
-
-
-def test_evenly_spaced_indices_meet_every_class_of_a_sorted_dataset():
-    labels = [label for label in range(10) for _ in range(100)]
-    assert [labels[index] for index in evenly_spaced(1000, 10)] == list(range(10))
-
-
-def draw() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-
-def test_random_numbers_inside_depend_on_the_seed_only():
-    drawn = []
-    for outer_seed, seed in ((1, 7), (2, 7), (1, 8)):
-        random.seed(outer_seed), np.random.seed(outer_seed), torch.manual_seed(outer_seed)
-        with fixed_randomness(seed):
-            drawn.append(draw())
-    assert drawn[0] == drawn[1]
-    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True)), "another seed gives the same numbers"
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["normally", "by an exception"])
-def test_random_numbers_go_on_undisturbed_after_leaving(fails):
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    undisturbed = draw()
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    try:
-        with fixed_randomness(0):
-            draw()
-            if fails:
-                raise KeyError
-    except KeyError:
-        pass
-    assert draw() == undisturbed
-
-
-def test_random_numbers_of_a_gpu_are_left_alone(monkeypatch):
-    # torch.manual_seed seeds the GPUs too, and nothing puts their state back: each augmented image would restart
-    # the dropout and stochastic depth of a model that trains on one.
-    seeded = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    with fixed_randomness(0):
-        draw()
-    assert seeded == [], "the GPUs' generators were seeded"

@@ -1,0 +1,125 @@
+"""Columns of a dataset: which is the image, which the label, and what the classes are called."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import datasets
+import pyarrow.dataset
+
+from .layout import natural_key
+
+
+def find_columns(
+    dataset: datasets.Dataset,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    where: str = "the dataset",
+) -> tuple[str, str]:
+    """
+    Names of the image and the label column: as given, else by type. The image: the only column of type `Image` (or of
+    image files as bytes). The label: the only `ClassLabel`, else a column of integers or strings called `label` or
+    `labels`.
+
+    Raises:
+        ValueError: if a given column is missing or of another type, or if the choice is not clear.
+    """
+    features = dataset.features
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in ("label", "labels") if name in features]
+    found = []
+    for kind, candidates, wish in (("image", images, image_column), ("label", labels, label_column)):
+        if wish is not None:
+            candidates = [wish] if wish in features and (kind == "label" or wish in images) else []
+        if len(candidates) != 1:
+            columns = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()
+                       } | dict.fromkeys(images, "Image") | dict.fromkeys(labels, "ClassLabel")  # fmt: skip
+            raise ValueError(
+                f"Expected one {kind} column{f' {wish!r}' if wish else ''} in {where}, found {candidates}"
+                f" among {columns}. `{kind}_column` names the one to use."
+            )
+        found.append(candidates[0])
+    return found[0], found[1]
+
+
+def _is_image(feature) -> bool:
+    if isinstance(feature, Mapping):  # as pandas writes what `datasets` calls an image
+        return "bytes" in feature
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def names_of_classes(dataset: datasets.Dataset, column: str, files: Sequence[str] | None = None) -> list[str]:
+    """
+    The classes of a column: the names of a `ClassLabel`; else all of its integers or strings, in natural order.
+
+    Args:
+        dataset (`datasets.Dataset`): or a stream.
+        column (`str`): of labels.
+        files (`Sequence[str]`, *optional*): the parquet files of a stream.
+
+    Raises:
+        ValueError: naming the column, if its values are no classes: lists, floats, nothing, negative or too large.
+    """
+    feature = dataset.features[column]
+    is_named = isinstance(feature, datasets.ClassLabel)
+    dtype = getattr(feature, "dtype", type(feature).__name__)
+    if not is_named and not any(kind in dtype for kind in ("int", "string", "bool")):
+        raise ValueError(
+            f"The label column {column!r} holds {dtype}: one class per image is expected, an integer or a string."
+            " (Floats may come of rows that lack their label.)"
+        )
+    if not isinstance(dataset, datasets.IterableDataset):
+        values = dataset.unique(column)
+    elif files:
+        values = pyarrow.dataset.dataset(files).to_table(columns=[column]).column(0).unique().to_pylist()
+    elif is_named:
+        values = []  # each is checked when it is read
+    else:
+        raise ValueError(f"The classes in the column {column!r} of a stream are not known: load it whole.")
+    if None in values:
+        raise ValueError(f"The label column {column!r} has rows without a label: fill them in or remove them.")
+    limit = feature.num_classes if is_named else float("inf")
+    if wrong := [value for value in values if isinstance(value, int) and not 0 <= value < limit]:
+        expected = f"lie outside the {limit} classes" if is_named else "are negative"
+        raise ValueError(f"Labels {wrong[:5]} of the column {column!r} {expected}: is it a split without labels?")
+    return feature.names if is_named else sorted((str(value) for value in values), key=natural_key)
+
+
+def with_class_labels(dataset, column: str, found: Sequence[str], names: Sequence[str]):
+    """The dataset or stream with a `ClassLabel` column of `names`, in the place of classes that were `found`."""
+    feature = datasets.ClassLabel(names=list(names))
+    if dataset.features[column] == feature:
+        return dataset
+    index = None
+    if not isinstance(dataset.features[column], datasets.ClassLabel):
+        index = {name: number for number, name in enumerate(found)}
+    if isinstance(dataset, datasets.IterableDataset):
+        features = datasets.Features({**dataset.features, column: feature})
+        return dataset.map(functools.partial(_encode, column=column, index=index), batched=True, features=features)
+    labels = _encode({column: dataset[column]}, column, index)[column]
+    # Not cast_column: it would write all images anew.
+    return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+
+
+def _encode(batch: dict, column: str, index: dict[str, int] | None) -> dict:
+    return {column: [value if index is None else index[str(value)] for value in batch[column]]}
+
+
+def compare_classes(found: Mapping[str, Sequence[str]]) -> None:
+    """
+    Raises:
+        ValueError: naming the classes in which splits differ, or that there are fewer than two.
+    """
+    (first, names), *others = found.items()
+    if len(names) < 2:
+        raise ValueError(f"At least two classes are needed, found {list(names)} in {first}.")
+    for split, other in others:
+        extra = {first: set(names) - set(other), split: set(other) - set(names)}
+        only = [f"only {one} has {sorted(classes, key=natural_key)}" for one, classes in extra.items() if classes]
+        if only:
+            raise ValueError(
+                f"The classes of the splits differ: {' and '.join(only)}. Both need the same; a class without images"
+                " in validation may be an empty folder there."
+            )
+        if list(other) != list(names):
+            raise ValueError(f"The classes of the splits differ in their order: {first} {names}, {split} {other}.")
