@@ -1,5 +1,7 @@
 """The folder to serve: the same answers, with neither PyTorch nor transformers."""
 
+import inspect
+import io
 import json
 import os
 import subprocess
@@ -13,7 +15,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import ViTImageProcessor
 
-from lambda_vit_hf.export import serving_folder
+from lambda_vit_hf.data import decoding
+from lambda_vit_hf.export import onnx_serving, serving_folder
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.serving_folder import describe_preprocessing, export_for_serving
 
@@ -54,6 +57,52 @@ def test_odd_pictures_are_served_too(photographs):
     expected = classifier.preprocess(gray.convert("RGB"))
     for image in (gray, deep, gray.convert("P"), gray.convert("LA"), gray.convert("CMYK")):
         np.testing.assert_allclose(classifier.preprocess(image), expected, atol=0.05)
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Files of every mode, orientation and kind of damaged EXIF data, by name."""
+    y, x = np.mgrid[:24, :40]
+    rgb = PIL.Image.fromarray(np.stack([5 * x, 9 * y, 100 + 2 * x], axis=-1).astype(np.uint8))
+    gray = np.asarray(rgb.convert("L"), dtype=np.float32)
+    deep = {"I;16": (gray * 257).astype(np.uint16), "I": (gray * 1000 - 9).astype(np.int32), "F": gray / 255,
+            "F wide": gray * 20 - 3, "I small": gray.astype(np.int32)}  # fmt: skip
+    images = {mode: (rgb.convert(mode), "TIFF", {}) for mode in ("L", "1", "P", "PA", "LA", "RGB", "RGBA", "CMYK")}
+    images |= {mode: (PIL.Image.fromarray(values), "TIFF", {}) for mode, values in deep.items()}
+    images["P with transparency"] = (rgb.convert("P"), "PNG", {"transparency": 3})
+    for orientation in range(1, 9):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        images[f"EXIF {orientation}"] = (rgb, "PNG", {"exif": exif})
+        images[f"EXIF {orientation}, damaged"] = (rgb, "JPEG", {"exif": exif.tobytes()[:-5] + b"\xff" * 3})
+    for number, exif in enumerate([b"Exif\0\0rubbish", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0"]):
+        images[f"rubbish {number}"] = (rgb, "JPEG", {"exif": exif})
+    files = {name: io.BytesIO() for name in images}
+    for name, (image, kind, options) in images.items():
+        image.save(files[name], kind, **options)
+    return {name: file.getvalue() for name, file in files.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", odd_pictures())
+def test_the_served_copy_decodes_to_the_same_pixels(name):
+    content = odd_pictures()[name]
+    expected = decoding.decode_image(content)
+    found = onnx_serving.upright_rgb(PIL.Image.open(io.BytesIO(content), formats=onnx_serving.FORMATS))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_the_served_copy_of_the_decoding_is_a_copy():
+    for name in ("check_size", "upright_rgb", "to_rgb", "_eight_bits"):
+        assert inspect.getsource(getattr(onnx_serving, name)) == inspect.getsource(getattr(decoding, name)), name
+    for name in ("FORMATS", "MAX_PIXELS", "ORIENTATION", "_UPRIGHT"):
+        assert getattr(onnx_serving, name) == getattr(decoding, name), name
+
+
+def test_a_picture_of_too_many_pixels_is_not_served():
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    with pytest.raises(PIL.Image.DecompressionBombError, match="20000 x 20000"):
+        classifier.preprocess(PIL.Image.new("1", (20000, 20000)))
 
 
 def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
