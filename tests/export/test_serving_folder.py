@@ -13,6 +13,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import ViTImageProcessor
 
+from lambda_vit_hf.data import decoding
+from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.serving_folder import describe_preprocessing, export_for_serving
@@ -54,6 +56,13 @@ def test_odd_pictures_are_served_too(photographs):
     expected = classifier.preprocess(gray.convert("RGB"))
     for image in (gray, deep, gray.convert("P"), gray.convert("LA"), gray.convert("CMYK")):
         np.testing.assert_allclose(classifier.preprocess(image), expected, atol=0.05)
+
+
+def test_a_picture_of_too_many_pixels_is_not_served():
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    with pytest.raises(UnreadableImageError, match="20000 x 20000"):
+        classifier.preprocess(PIL.Image.new("1", (20000, 20000)))
 
 
 def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
@@ -118,6 +127,8 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
     assert check.file == "model.onnx" and check.max_difference < 1e-4
     names = ["README.md", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == names
+    decoding_served = (tmp_path / "served" / "decoding.py").read_bytes()
+    assert decoding_served == Path(decoding.__file__).read_bytes(), "pictures are decoded as in training"
     paths = []
     for index, photograph in enumerate(photographs):
         paths.append(str(tmp_path / f"{index}.png"))
