@@ -25,11 +25,16 @@ from .models.modeling_lambda_vit import (
 
 if TYPE_CHECKING:
     from .evaluation.accounting import summarize
+    from .selection.config import SelectionConfig
     from .selection.select import AttentionSelection, select_attention_layers
     from .training.callback import EntropyGuidedRemovalCallback
     from .training.checkpoints import find_resumable_checkpoint
+    from .training.dilution import DilutionConfig
     from .training.ema import EmaCallback
+    from .training.finishing import finish_checkpoint
     from .training.guards import SaveOnSigterm, StopOnNonFiniteGradient
+    from .training.removal import AttentionRemoval
+    from .training.trainer_mixin import LambdaViTTrainer, LambdaViTTrainerMixin
 
     __version__: str
 
@@ -42,18 +47,26 @@ AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvisi
 
 # Imported when first used: a served model needs nothing of the extra `train`. The same names as above.
 _LAZY = {
+    "AttentionRemoval": "training.removal",
     "AttentionSelection": "selection.select",
+    "DilutionConfig": "training.dilution",
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
+    "LambdaViTTrainer": "training.trainer_mixin",
+    "LambdaViTTrainerMixin": "training.trainer_mixin",
     "SaveOnSigterm": "training.guards",
+    "SelectionConfig": "selection.config",
     "StopOnNonFiniteGradient": "training.guards",
     "find_resumable_checkpoint": "training.checkpoints",
+    "finish_checkpoint": "training.finishing",
     "select_attention_layers": "selection.select",
     "summarize": "evaluation.accounting",
 }
 
 __all__ = [
+    "AttentionRemoval",
     "AttentionSelection",
+    "DilutionConfig",
     "EmaCallback",
     "EntropyGuidedRemovalCallback",
     "LambdaViTBackbone",
@@ -61,9 +74,13 @@ __all__ = [
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
+    "LambdaViTTrainer",
+    "LambdaViTTrainerMixin",
     "SaveOnSigterm",
+    "SelectionConfig",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
+    "finish_checkpoint",
     "select_attention_layers",
     "summarize",
 ]

@@ -6,7 +6,9 @@ import torch
 
 import lambda_vit_hf
 from lambda_vit_hf import (
+    AttentionRemoval,
     AttentionSelection,
+    DilutionConfig,
     EmaCallback,
     EntropyGuidedRemovalCallback,
     LambdaViTBackbone,
@@ -14,9 +16,13 @@ from lambda_vit_hf import (
     LambdaViTForImageClassification,
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
+    LambdaViTTrainer,
+    LambdaViTTrainerMixin,
     SaveOnSigterm,
+    SelectionConfig,
     StopOnNonFiniteGradient,
     find_resumable_checkpoint,
+    finish_checkpoint,
     select_attention_layers,
     summarize,
 )
@@ -33,9 +39,15 @@ def program(images: torch.Tensor) -> list[object]:
     assert_type(summarize(model), str)
     assert_type(AttentionSelection.load("selection.json"), AttentionSelection)
     find_resumable_checkpoint("outputs/run")
+    finish_checkpoint("outputs/run/checkpoint-9", "outputs/finished")
+    configs = {"selection": SelectionConfig(mask="identity"), "dilution": DilutionConfig(hold_share=0.5)}
     other_models = [LambdaViTBackbone(config), LambdaViTForMaskedImageModeling(config), LambdaViTModel(config)]
     return [
         EntropyGuidedRemovalCallback(removal_ratio=0.4, calibration_dataset=images),
+        AttentionRemoval(removal_ratio=0.4),
+        LambdaViTTrainer(model),
+        LambdaViTTrainerMixin,
+        configs,
         EmaCallback(0.99),
         SaveOnSigterm(),
         StopOnNonFiniteGradient(),

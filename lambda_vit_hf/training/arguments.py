@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .dilution import DilutionConfig
 from .recipes import find_recipe, read_recipe, take_recipe
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,14 +33,16 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels; of a checkpoint, positions are interpolated."}
+        default=None, metadata={"help": "Height and width in pixels; a checkpoint's positions are interpolated."}
     )
-    patch_size: int = field(default=16, metadata={"help": "New model: pixels per patch side."})
-    hidden_size: int = field(default=192, metadata={"help": "New model: width."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "New model: layers."})
-    num_attention_heads: int = field(default=3, metadata={"help": "New model: attention heads."})
-    intermediate_size: int = field(default=768, metadata={"help": "New model: width of the MLP."})
-    initializer_range: float = field(default=0.02, metadata={"help": "New model: spread of the initial weights."})
+    patch_size: int | None = field(default=None, metadata={"help": "New model: pixels per patch side (16)."})
+    hidden_size: int | None = field(default=None, metadata={"help": "New model: width (192)."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "New model: layers (12)."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "New model: attention heads (3)."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "New model: width of the MLP (768)."})
+    initializer_range: float | None = field(
+        default=None, metadata={"help": "New model: spread of the initial weights (0.02)."}
+    )
     base_num_train_epochs: float = field(
         default=10.0, metadata={"help": "New model or classifier: epochs before removal begins."}
     )
@@ -173,6 +179,9 @@ _EXCLUSIVE = (
     ("dataset_name", "dataset_dir", "train_dir"),
     ("dataset_name", "dataset_dir", "validation_dir"),
 )
+# What a recipe says of the model it makes; a checkpoint named on the command line has its own.
+_SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+          "initializer_range")  # fmt: skip
 # Names of before, accepted for one release.
 _RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
 
@@ -227,6 +236,15 @@ def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> No
     for group in _EXCLUSIVE:
         if given & set(group):
             values = {name: value for name, value in values.items() if name not in group}
+    if "model_name_or_path" in given:
+        of_another = [name for name in _SHAPE if name in values and name not in given]
+        values = {name: value for name, value in values.items() if name not in of_another}
+        if of_another:
+            logger.warning(
+                "Left out, for they are of the recipe's own model: %s. The checkpoint keeps its shape; --image_size"
+                " interpolates its positions.",
+                ", ".join(of_another),
+            )
     for action in parser._actions:
         action.required = action.required and action.dest not in values
     # As text, so that argparse converts and checks a recipe's values as it does the command line's.

@@ -33,12 +33,13 @@ def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str 
     try:
         # Written last: a checkpoint without it was interrupted.
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        needed = {*needed, *([EMA_FILE] if "EmaCallback" in (state.get("stateful_callbacks") or {}) else [])}
+        averages = "EmaCallback" in (state.get("stateful_callbacks") or {})
         json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
-    except ValueError:
-        return "trainer_state.json or config.json is cut short"
+    except (ValueError, AttributeError):
+        return "trainer_state.json or config.json is cut short or damaged"
+    needed = {*needed, *([EMA_FILE] if averages else [])}
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -20,7 +20,7 @@ _NOTE = """# A checkpoint, not a finished model
 Attention layers {layers} are off here (lambda = 0), but their weights are still in the file, for training to go on.
 To write the finished model, without them{folded}:
 
-    lambda-vit finish {checkpoint} --output_dir OUTPUT_DIR
+    lambda-vit finish {checkpoint}
 """
 
 

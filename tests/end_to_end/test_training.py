@@ -28,9 +28,9 @@ from lambda_vit_hf.training.run import run_training
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "trainer_scripts/recipes/digits.yaml"
+SHAPE = "--hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32".split()
 SMALL = """
---hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32 --base_num_train_epochs 1
---num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
+--base_num_train_epochs 1 --num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
 --drop_path_rate 0.1 --eval_strategy no --save_strategy steps --save_steps 4 --save_total_limit 20 --warmup_steps 2
 --logging_steps 4 --use_cpu true
 """.split()
@@ -38,6 +38,8 @@ SMALL = """
 
 def run(output_dir, *arguments) -> dict:
     argv = [str(ROOT / RECIPE), "--output_dir", str(output_dir), *SMALL, *map(str, arguments)]
+    if "--model_name_or_path" not in argv:  # else the checkpoint has its shape
+        argv += SHAPE
     if not {"--num_removed_layers", "--removed_layers", "--removal_ratio"} & set(argv):
         argv += ["--num_removed_layers", "2"]
     return run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
@@ -135,7 +137,7 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", "trainer_scripts/accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0",
-        "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL,
+        "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL, *SHAPE,
         # Half the batch in each process: the same images in each step.
         "--per_device_train_batch_size", "64", "--num_removed_layers", "2", *same,
     ]  # fmt: skip

@@ -71,8 +71,8 @@ ROOT = Path(__file__).parents[2]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
 REMOTE_CODE = {
-    "blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py", "modeling_lambda_vit.py",
-    "pretrained_model.py", "removal.py",
+    "blocks.py", "configuration_lambda_vit.py", "folding.py", "inference.py", "loading.py", "modeling_lambda_vit.py",
+    "pretrained_model.py", "token_merging.py",
 }  # fmt: skip
 WORKER = """
 import contextlib, io, json, os, sys, traceback

@@ -1,13 +1,14 @@
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification, LambdaViTTrainer
 from lambda_vit_hf.training.checkpoints import what_is_broken
 from lambda_vit_hf.training.ema import EMA_FILE, EmaCallback
 from tests.training.test_callback import Blobs, make_trainer
@@ -172,16 +173,41 @@ def test_resuming_without_the_right_average_is_refused(model, tmp_path):
         resume()
 
 
-def test_a_checkpoint_whose_average_was_not_written_is_not_whole(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "what_is_missing"), [(LambdaViTTrainer, "no trainer_state.json"), (Trainer, f"no {EMA_FILE}")], ids=str
+)
+def test_a_checkpoint_whose_average_was_not_written_is_not_whole(model, tmp_path, monkeypatch, kind, what_is_missing):
     def disk_full(tensors, path, **kwargs):
         path.write_bytes(b"cut short")
         raise OSError("No space left on device")
 
     monkeypatch.setattr("lambda_vit_hf.training.ema.save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        trained(model, tmp_path, [EmaCallback(DECAY)], save_strategy="steps", save_steps=4)
+        trained(model, tmp_path, [EmaCallback(DECAY)], kind=kind, save_strategy="steps", save_steps=4)
     assert not (tmp_path / "checkpoint-4" / EMA_FILE).exists()
-    assert what_is_broken(tmp_path / "checkpoint-4") == "no trainer_state.json"
+    assert what_is_broken(tmp_path / "checkpoint-4") == what_is_missing
+
+
+def test_the_average_is_on_the_disk_before_the_checkpoint_is_whole(model, tmp_path, monkeypatch):
+    present = []
+
+    def saved(trainer, folder):
+        present.append(sorted(path.name for path in Path(folder).iterdir()))
+        Trainer._save_rng_state(trainer, folder)
+
+    monkeypatch.setattr(LambdaViTTrainer, "_save_rng_state", saved)
+    arguments = dict(save_strategy="steps", save_steps=6)
+    trained(model, tmp_path, [EmaCallback(DECAY)], kind=LambdaViTTrainer, **arguments)
+    assert len(present) == 2
+    assert all(EMA_FILE in names and "trainer_state.json" not in names for names in present)
+
+
+def test_asking_for_the_state_writes_nothing(model, tmp_path):
+    ema = EmaCallback(DECAY)
+    trained(model, tmp_path, [ema], save_strategy="steps", save_steps=6)
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    assert ema.state()["args"]["decay"] == DECAY
+    assert not (tmp_path / "checkpoint-12").exists()
 
 
 def test_the_shipped_model_is_the_average_removed_and_folded(model, tmp_path):
