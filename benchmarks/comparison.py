@@ -5,12 +5,14 @@ without any training.
 """
 
 import copy
+import math
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import set_seed
 
@@ -47,9 +49,16 @@ class BaseModel:
         calibration (`torch.Tensor` of shape `(images, channels, height, width)`): training images to select on.
         validation (`Dataset`): items with `pixel_values` and `labels`.
         seed (`int`): of the strategies and sets that are drawn.
+
+    Raises:
+        ValueError: if the class head is newly initialized.
     """
 
     def __init__(self, model, calibration: torch.Tensor, validation: Dataset, seed: int):
+        if getattr(model, "newly_initialized_head", False):
+            raise ValueError(
+                "The class head is newly initialized: neither its entropy nor its accuracy says anything."
+            )
         self.model, self.calibration, self.validation, self.seed = model.eval(), calibration, validation, seed
         (self.top1,) = masked_top1(model, validation, [[]])
 
@@ -81,8 +90,8 @@ class BaseModel:
                 })  # fmt: skip
         return self.add_top1(runs)
 
-    def try_choices(self, numbers: Sequence[int]) -> list[dict]:
-        """What NOSE picks under each of `OPEN_CHOICES`, and top-1 right after."""
+    def compare_choices(self, numbers: Sequence[int]) -> list[dict]:
+        """What NOSE picks with each of `OPEN_CHOICES`, and top-1 right after."""
         runs = []
         for choice in OPEN_CHOICES:
             # Greedy sets are nested: one search to the largest number holds all others.
@@ -95,8 +104,8 @@ class BaseModel:
                 })  # fmt: skip
         return self.add_top1(runs)
 
-    def try_random_sets(self, num_layers: int, num_sets: int) -> dict:
-        """Transfer entropy (nats) of random sets, their loss of top-1 right after removal, and how the two agree."""
+    def measure_random_sets(self, num_layers: int, num_sets: int) -> dict:
+        """Transfer entropy (nats) of random sets, their loss of top-1 right after removal, and their correlation."""
         sets = draw_sets(self.model.config.kept_layers, num_layers, num_sets, self.seed)
         loss = {
             mask: [self.top1 - one for one in masked_top1(self.model, self.validation, sets, mask)] for mask in MASKS
@@ -114,9 +123,9 @@ class BaseModel:
 
         def measure(search):
             values.extend(search.transfer_entropy(sets))
-            return search.candidates[: search.num_layers]
+            return []
 
-        self.select(measure, 1, **choices)
+        self.select(measure, 0, **choices)
         return values
 
 
@@ -126,7 +135,7 @@ class Experiment:
 
     Args:
         recipe (`str`): path of the YAML file.
-        argv (`list[str]`): fields of the recipe to override, as on the command line of train.py.
+        argv (`list[str]`): fields of the recipe to override, as on the command line of the training program.
         output_dir (`Path`): for base models; `seed-N/base` is taken up where it is there already.
         num_train_images (`int`, *optional*): train on this many, evenly spaced; all by default.
     """
@@ -135,16 +144,16 @@ class Experiment:
         fixed = ["--output_dir", str(output_dir / "trainer"), "--save_strategy", "no", "--eval_strategy", "no"]
         arguments = parse_arguments([recipe, *argv, *fixed, "--report_to", "none"], PROGRAM_ARGUMENTS)
         self.model_args, self.data_args, self.augmentation_args, self.removal_args, self.training_args = arguments
-        unknown_here = {
+        unsupported = {
             "streaming": self.data_args.streaming,
             "repeated_augmentation": self.augmentation_args.repeated_augmentation > 1,
             "learning_rate_batch_size": self.training_args.learning_rate_batch_size,
             "ema_decay": self.training_args.ema_decay,
             "distillation": self.training_args.distillation != "none",
         }
-        asked_for = [name for name, value in unknown_here.items() if value]
-        if asked_for:
-            raise ValueError(f"The comparison trains without {asked_for}: turn them off, or use train.py by itself.")
+        given = [name for name, value in unsupported.items() if value]
+        if given:
+            raise ValueError(f"The comparison trains without {given}: turn them off.")
         if self.training_args.device.type == "cpu":
             self.training_args.dataloader_pin_memory = False
         self.output_dir = output_dir
@@ -156,12 +165,13 @@ class Experiment:
         """The model of a seed before removal: from a checkpoint, from an earlier run, or trained by the recipe."""
         set_seed(seed)
         model, processor, is_new = self._start(seed, checkpoint)
-        if is_new:
+        if is_new or getattr(model, "newly_initialized_head", False):
             epochs, learning_rate = self.model_args.base_num_train_epochs, self.model_args.base_learning_rate
             self._train(model, processor, seed, [], epochs, learning_rate)
             folder = OutputFolder(self.output_dir / f"seed-{seed}").base
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
+            model = LambdaViTForImageClassification.from_pretrained(folder)
         images = self._images(processor, seed)
         calibration = images.calibration(self.removal_args.calibration_size)
         indices = evenly_spaced(len(calibration), self.removal_args.calibration_size)
@@ -240,8 +250,8 @@ def correlations(
     sets: list[list[int]], top1_loss: dict[str, list[float]], transfer_entropy: dict[str, list[float]]
 ) -> list[dict]:
     """
-    How well transfer entropy foretells the loss of top-1, for each of `OPEN_CHOICES`: rank correlation over all sets,
-    and over those without the layer whose sets lose most (one bad layer in half of the sets makes it an easy task).
+    Rank correlation of transfer entropy with the loss of top-1, for each of `OPEN_CHOICES`: over all sets, and over
+    those without the layer whose sets lose most (a layer that ruins half of the sets is easy to predict).
 
     Args:
         sets (`list[list[int]]`): sets of layers.
@@ -266,14 +276,8 @@ def correlations(
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's, in [-1, 1]; equal values share the mean of their ranks. `None` if all values are equal."""
-    ranks = [_mean_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
-    return None if any(len(one) < 2 or np.ptp(one) == 0 for one in ranks) else float(np.corrcoef(*ranks)[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, groups, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups]
+    """Spearman's, in [-1, 1]; `None` where the values of one are all equal."""
+    return None if min(len(set(first)), len(set(second))) < 2 else float(spearmanr(first, second).statistic)
 
 
 def draw_sets(candidates: Sequence[int], num_layers: int, num_sets: int, seed: int) -> list[list[int]]:
@@ -283,11 +287,9 @@ def draw_sets(candidates: Sequence[int], num_layers: int, num_sets: int, seed: i
     Raises:
         ValueError: if there are not so many.
     """
+    if math.comb(len(candidates), num_layers) < num_sets:
+        raise ValueError(f"There are no {num_sets} different sets of {num_layers} of {len(candidates)} layers.")
     generator, sets = random.Random(f"{seed}-{num_layers}"), set()
-    for _ in range(1000 * num_sets):
-        if len(sets) == num_sets:
-            return [list(one) for one in sorted(sets)]
+    while len(sets) < num_sets:
         sets.add(tuple(sorted(generator.sample(candidates, num_layers))))
-    raise ValueError(
-        f"There are no {num_sets} different sets of {num_layers} of {len(candidates)} layers: ask for fewer."
-    )
+    return [list(one) for one in sorted(sets)]

@@ -1,4 +1,4 @@
-"""What the reuse of shared beginnings saves in the search for layers: the same search with and without it.
+"""What computing shared prefixes once saves in the search for layers: the same search with and without it.
 
 python -m benchmarks.search_speed --size small --num_layers 2
 """
@@ -22,11 +22,13 @@ LIMIT = 0.65
 
 
 class TimedSearch:
-    """NOSE as a strategy that notes how long it took, without what [`select_attention_layers`] measures besides."""
+    """NOSE as a strategy that times itself, without what [`select_attention_layers`] measures besides."""
 
-    __name__ = "nose"
+    def __init__(self, reuse_prefixes: bool):
+        self.reuse_prefixes = reuse_prefixes
 
     def __call__(self, search: AttentionSearch) -> list[int]:
+        search.forward.reuse_prefixes = self.reuse_prefixes
         start = time.perf_counter()
         order = STRATEGIES["nose"](search)
         self.seconds = time.perf_counter() - start  # the search has read its figures: a GPU has nothing left to do
@@ -37,7 +39,7 @@ def measure_search(
     setup: BenchmarkSetup, num_layers: int = 2, num_images: int = 64, batch_size: int = 16, disable_tqdm: bool = False
 ) -> dict:
     """
-    Run NOSE's greedy search twice: with shared beginnings computed once, and each candidate set from the image on.
+    Run NOSE's greedy search twice: with shared prefixes computed once, and each candidate set from the image on.
 
     Args:
         setup ([`BenchmarkSetup`]): the shape and the device.
@@ -58,11 +60,10 @@ def measure_search(
         model(images[:batch_size].to(setup.device))  # warm-up
     rows = []
     for name, reuse in (("prefix reuse", True), ("naive", False)):
-        search = TimedSearch()
+        search = TimedSearch(reuse)
         selection = select_attention_layers(
-            model, images, num_layers=num_layers, strategy=search, batch_size=batch_size, reuse_prefixes=reuse,
-            disable_tqdm=disable_tqdm,
-        )  # fmt: skip
+            model, images, num_layers, strategy=search, batch_size=batch_size, disable_tqdm=disable_tqdm
+        )
         rows.append({"search": name, "seconds": search.seconds, "block_evaluations": selection.block_evaluations,
                      "order": selection.order})  # fmt: skip
     reused, naive = rows

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..evaluation.accounting import count_macs, count_parameters
 from ..evaluation.throughput import describe_environment
-from ..models.modeling_lambda_vit import LambdaViTForImageClassification, LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.select import AttentionSelection
 
 
@@ -71,7 +71,7 @@ class ModelCardFacts:
 def facts_of_training(
     args,
     state,
-    model: LambdaViTPreTrainedModel,
+    model: LambdaPreTrainedModel,
     selection: AttentionSelection,
     size_before: dict | None = None,
     lambda_schedule: str | None = None,
@@ -94,7 +94,7 @@ def facts_of_training(
         "base_model": hub_base_model(model.config),
         "folded": model.config.fold_removed,
         "repo_id": args.hub_model_id,
-        "is_classifier": isinstance(model, LambdaViTForImageClassification),
+        "is_classifier": hasattr(model, "classifier"),
     }
     return ModelCardFacts(selection=selection, **{**facts, **known})
 
@@ -132,7 +132,7 @@ def hub_base_model(config) -> str | None:
     return name if is_of_hub else None
 
 
-def model_size(model: LambdaViTPreTrainedModel) -> dict[str, int]:
+def model_size(model: LambdaPreTrainedModel) -> dict[str, int]:
     """Parameters, and multiply-accumulates per image."""
     labels = model.config.num_labels if hasattr(model, "classifier") else 0
     return {"parameters": count_parameters(model), "macs": count_macs(model.config, labels)}

@@ -1,32 +1,249 @@
-"""One block of a LambdaViT: attention as it is, diluted, off or removed, then (merging of tokens, and) an MLP.
+"""One block, of any family: attention as it is, diluted, off or removed, then (merging of tokens, and) an MLP.
 
-Shapes: `(batch, tokens, hidden)`. Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024, section 3.3.
+Every pre-norm vision transformer of transformers has the block `x + scale1(attention(norm1(x)))`, then
+`x + scale2(mlp(norm2(x)))`. A [`BlockDescription`] names these modules; [`RemovableAttention`] makes of such a block
+one whose attention can fade and go. Shapes: `(batch, tokens, hidden)`.
+
+Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024, section 3.3.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP, eager_attention_forward
 
-from .configuration_lambda_vit import LambdaViTConfig
-from .token_merging import merge_tokens, proportional_attention
+from .token_merging import TokenFlow, merge_tokens, proportional_attention
 
 
-class LambdaViTDropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole images, in training only. Shape kept."""
+@dataclass(frozen=True)
+class BlockDescription:
+    """
+    Where the parts of a family's block are.
 
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
+    Args:
+        attention_norm, attention (`str`): the first half, in order. Attention has `q_proj`, `k_proj` and `v_proj`.
+        mlp_norm, mlp (`str`): the second half, in order.
+        attention_end (`str`): the linear layer within `attention` whose output leaves it.
+        mlp_ends (`tuple[str, ...]`): the same within `mlp`; the first of these names that it has.
+        attention_scale, mlp_scale (`str`, *optional*): LayerScale on each branch.
+        drops (`tuple[str, ...]`): dropout and stochastic depth on both branches, in order.
+        eager_attention (`Callable`): the family's attention without a fused kernel.
+        rotate (`Callable`, *optional*): `(query, key, cos, sin) -> (query, key)` of rotary position embeddings.
+    """
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return branch
-        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
-        return branch * (keep.to(branch.dtype) / (1.0 - self.rate))
+    attention_norm: str
+    attention: str
+    mlp_norm: str
+    mlp: str
+    attention_end: str
+    mlp_ends: tuple[str, ...]
+    eager_attention: Callable
+    attention_scale: str | None = None
+    mlp_scale: str | None = None
+    drops: tuple[str, ...] = ()
+    rotate: Callable | None = None
+
+
+class RemovableAttention:
+    """
+    Mixin in front of a family's block of transformers: its attention can fade into the identity, be off, or be gone.
+
+    Differences from the block of transformers:
+
+    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against the identity
+      (paper, equation 7): `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block, to the
+      bit; at 0 attention is not computed. The buffer is the only place that knows lambda.
+    - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
+      LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model.
+    - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
+
+    Args:
+        config: of the family, with the fields of [`RemovalConfigMixin`].
+        layer_index (`int`): 0 is nearest to the image.
+    """
+
+    block: BlockDescription
+
+    def __init__(self, config, layer_index: int):
+        super().__init__(config)
+        self.config, self.layer_index = config, layer_index
+        self.register_buffer("attention_lambda", torch.ones(()))
+        self._noted: tuple[torch.Tensor | None, int, str] = (None, 0, "kept")
+        if not config.attention_flags[layer_index]:
+            self.drop_attention()
+        self.register_load_state_dict_post_hook(note_attention_state)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_flow: TokenFlow | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        if token_flow is None:
+            return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
+        return self.feed_forward(self._mix_and_merge(hidden_states, token_flow, **kwargs))
+
+    def mix_tokens(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
+        state = self.attention_state
+        if state == "folded":
+            return hidden_states
+        if state == "removed":
+            return 2 * hidden_states
+        if state == "off":
+            return 2 * self._mark_unused_attention(hidden_states)
+        branch, _ = self._part("attention")(
+            self._part("attention_norm")(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        return self._add(hidden_states, self._finish(branch, "attention_scale"), state)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
+        return self.mlp_branch(hidden_states) + hidden_states
+
+    def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the MLP adds to the stream. `(batch, tokens, hidden)`."""
+        return self._finish(self._part("mlp")(self._part("mlp_norm")(hidden_states)), "mlp_scale")
+
+    def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What whole attention adds to the stream. `(batch, tokens, hidden)`."""
+        branch, _ = self._part("attention")(self._part("attention_norm")(hidden_states), attention_mask=None, **kwargs)
+        return self._finish(branch, "attention_scale")
+
+    def _mix_and_merge(self, hidden_states: torch.Tensor, flow: TokenFlow, **kwargs) -> torch.Tensor:
+        """`mix_tokens`, then merging; or only the class token from here on."""
+        index, sizes = self.layer_index, flow.sizes.get(self.layer_index)
+        flow.sizes[index + 1] = sizes
+        state = self.attention_state
+        if state not in ("kept", "diluting"):
+            # Without attention tokens do not see each other: the class token is alone by now, or all are there.
+            return self.mix_tokens(hidden_states)
+        attention, normed = self._part("attention"), self._part("attention_norm")(hidden_states)
+        merged = flow.schedule[index]
+        options = {"only_class_token": True} if flow.class_token_from == index else {}
+        if merged and hasattr(attention, "keys"):
+            options["return_keys"] = True
+        mask = proportional_attention(sizes, hidden_states.dtype)
+        branch, _, *keys = attention(normed, attention_mask=mask, **options, **kwargs)
+        hidden_states = hidden_states[:, : branch.shape[1]]
+        mixed = self._add(hidden_states, self._finish(branch, "attention_scale"), state)
+        if merged:
+            keys = (
+                keys[0] if keys else attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            )
+            mixed, flow.sizes[index + 1] = merge_tokens(mixed, sizes, keys, merged)
+        return mixed
+
+    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor, state: str) -> torch.Tensor:
+        # A compiled graph takes the general form, which is right for every lambda: it must not read the buffer.
+        if state == "kept" and not _is_compiling():
+            return branch + hidden_states
+        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
+
+    def _finish(self, branch: torch.Tensor, scale: str) -> torch.Tensor:
+        for module in (self._part(scale), *(getattr(self, name) for name in self.block.drops)):
+            branch = branch if module is None else module(branch)
+        return branch
+
+    def _part(self, role: str) -> nn.Module | None:
+        name = getattr(self.block, role)
+        return None if name is None else getattr(self, name)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether this layer still has attention weights, whatever its lambda."""
+        return self._part("attention") is not None
+
+    @property
+    def attention_state(self) -> str:
+        """
+        `"kept"` (lambda = 1), `"diluting"` or `"off"` (lambda = 0); without attention `"removed"`, or `"folded"` where
+        the doubling is in the weights.
+        """
+        if not self.has_attention:
+            return "folded" if self.config.fold_removed else "removed"
+        buffer = self.attention_lambda
+        if buffer.is_meta or torch.compiler.is_compiling():
+            return self._noted[2]  # reading the buffer is impossible, or would break the graph
+        if buffer.device.type == "cpu" or buffer.is_inference():
+            state = _state_at(buffer.item())
+            if state != self._noted[2]:
+                note_attention_state(self)
+            return state
+        # Elsewhere reading waits for all that the device has to do: only where the buffer is another, or was changed.
+        if self._noted[0] is not buffer or self._noted[1] != buffer._version:
+            note_attention_state(self)
+        return self._noted[2]
+
+    @torch.no_grad()
+    def set_attention_lambda(self, value: float) -> None:
+        """Set lambda, in [0, 1], of a layer that has attention."""
+        self.attention_lambda.fill_(value)
+        note_attention_state(self, value)
+
+    def drop_attention(self) -> None:
+        """Take out attention, its LayerNorm and LayerScale, and lambda."""
+        for role in ("attention", "attention_norm", "attention_scale"):
+            if self._part(role) is not None:
+                setattr(self, getattr(self.block, role), None)
+        self.attention_lambda = None
+
+    def attention_parameters(self) -> list[nn.Parameter]:
+        """Parameters that go when this layer's attention is removed: of attention, LayerNorm and LayerScale."""
+        parts = (self._part(role) for role in ("attention", "attention_norm", "attention_scale"))
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+    def stream_ends(self) -> list[tuple[nn.Module | None, nn.Module]]:
+        """LayerScale (or `None`) and last linear layer of each branch that adds to the stream."""
+        mlp = self._part("mlp")
+        ends = [(self._part("mlp_scale"), next(getattr(mlp, n) for n in self.block.mlp_ends if hasattr(mlp, n)))]
+        if self.has_attention:
+            ends.insert(0, (self._part("attention_scale"), getattr(self._part("attention"), self.block.attention_end)))
+        return ends
+
+    def stream_norms(self) -> list[nn.LayerNorm]:
+        """The LayerNorms that read the stream."""
+        return [norm for norm in (self._part("attention_norm"), self._part("mlp_norm")) if norm is not None]
+
+    def _mark_unused_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        unused = [parameter for parameter in self.attention_parameters() if parameter.requires_grad]
+        if not (self.training and unused and torch.is_grad_enabled()):
+            return hidden_states
+        return _WithoutGradient.apply(hidden_states, *unused)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+        return f"attention {self.attention_state}"
+
+
+def note_attention_state(layer: RemovableAttention, value=None) -> None:
+    """
+    Let a layer note the state that its lambda means, for compiled graphs, exports and other devices than the CPU.
+
+    Args:
+        layer ([`RemovableAttention`]): the layer.
+        value (`float`, *optional*): of its lambda, where it is known; else the buffer is read.
+    """
+    buffer = layer.attention_lambda
+    if buffer is not None and not buffer.is_meta:
+        value = value if isinstance(value, (int, float)) else buffer.item()
+        layer._noted = (buffer, 0 if buffer.is_inference() else buffer._version, _state_at(value))
+
+
+def in_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`(batch, tokens, heads * head width)` as `(batch, heads, tokens, head width)`."""
+    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _state_at(value: float) -> str:
+    return "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -44,166 +261,3 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, *[None] * ctx.num_parameters
-
-
-class LambdaViTAttention(ViTAttention):
-    """
-    Attention, the same to the bit as `ViTAttention`.
-
-    Differences from `ViTAttention`: on request it also gives its keys `(batch, heads, tokens, head width)`, which
-    token merging compares, and the answer to the class token's query alone; `project` can be replaced.
-    """
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        return_keys: bool = False,
-        class_token_only: bool = False,
-        **kwargs,
-    ):
-        """
-        Output `(batch, tokens, hidden)`, attention probabilities (eager only, else `None`), and the keys on request.
-        With `class_token_only` every token is a key, but the class token is the only query: `(batch, 1, hidden)`.
-        """
-        query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for states in self.project(hidden_states, hidden_states[:, :1] if class_token_only else hidden_states)
-        )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, probabilities = attend(
-            self, query, key, value, attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
-        )  # fmt: skip
-        output = self.o_proj(output.flatten(2))
-        return (output, probabilities, key) if return_keys else (output, probabilities)
-
-    def project(self, hidden_states: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries of the tokens `asking`, keys and values of all: each `(batch, tokens, hidden)`."""
-        return self.q_proj(asking), self.k_proj(hidden_states), self.v_proj(hidden_states)
-
-
-class LambdaViTLayer(ViTLayer):
-    """
-    One block: token mixing by attention (or what is left of it), then an MLP.
-
-    Differences from `ViTLayer`:
-
-    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against the identity
-      (paper, equation 7): `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block; at 0
-      attention is not computed.
-    - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
-      LayerNorm and no lambda: `x = 2 * x`, or nothing at all in a folded model.
-    - Between attention and MLP, `merged_tokens` tokens are merged if the caller keeps count of their sizes.
-    - Stochastic depth on both branches.
-    """
-
-    def __init__(self, config: LambdaViTConfig, layer_index: int):
-        nn.Module.__init__(self)
-        has_attention = config.attention_flags[layer_index]
-        self.register_module("attention", LambdaViTAttention(config) if has_attention else None)
-        self.register_module("layernorm_before", nn.LayerNorm(config.hidden_size) if has_attention else None)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size)
-        self.mlp = ViTMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = LambdaViTDropPath(config.drop_path_rates()[layer_index])
-        self.register_buffer("attention_lambda", torch.ones(()) if has_attention else None)
-        self.attention_state = "kept" if has_attention else "removed"
-        self.merged_tokens = 0  # set by the model, from the config
-        self.register_load_state_dict_post_hook(read_attention_state)
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        if kwargs.pop("keep_sizes", False):
-            return self.shrink(hidden_states, **kwargs)
-        return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
-
-    def shrink(
-        self,
-        hidden_states: torch.Tensor,
-        token_sizes: torch.Tensor | None = None,
-        class_token_only: bool = False,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        The block where tokens get fewer: what `forward` does when called with `keep_sizes=True`.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): class token first.
-            token_sizes (`torch.Tensor` of shape `(batch, tokens, 1)`, *optional*): patches each token stands for;
-                `None` while nothing has merged.
-            class_token_only (`bool`, *optional*, defaults to `False`): only the class token goes on after attention.
-
-        Returns:
-            `(batch, fewer tokens, hidden)`, and the sizes.
-        """
-        if token_sizes is not None:
-            # Counts have no gradient; but reentrant gradient checkpointing gives one to all that a layer returns.
-            token_sizes = token_sizes.detach()
-        mask = proportional_attention(token_sizes, hidden_states.dtype)
-        mixed, keys = self._mix(hidden_states, mask, class_token_only, **kwargs)
-        if self.merged_tokens and self.attention_state == "kept" and not class_token_only:
-            mixed, token_sizes = merge_tokens(mixed, token_sizes, keys, self.merged_tokens)
-        return self.feed_forward(mixed), token_sizes
-
-    def mix_tokens(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
-        return self._mix(hidden_states, attention_mask, **kwargs)[0]
-
-    def _mix(self, hidden_states, attention_mask, class_token_only=False, **kwargs):
-        """`mix_tokens`, and the keys of the attention or `None`."""
-        # Without attention tokens do not see each other: the caller has the class token alone by then, or all of them.
-        if self.attention_state == "folded":
-            return hidden_states, None
-        if self.attention_state == "removed":
-            return 2 * hidden_states, None
-        if self.attention_state == "off":
-            return 2 * self._mark_unused_attention(hidden_states), None
-        branch, _, keys = self.attention(
-            self.layernorm_before(hidden_states), attention_mask,
-            return_keys=True, class_token_only=class_token_only, **kwargs,
-        )  # fmt: skip
-        branch = self._drop(branch)
-        hidden_states = hidden_states[:, :1] if class_token_only else hidden_states
-        if self.attention_state == "kept":
-            return branch + hidden_states, keys
-        return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch, keys
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
-        return self._drop(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
-
-    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
-        # A model prepared for inference has neither module.
-        return branch if self.dropout is None else self.drop_path(self.dropout(branch))
-
-    def set_attention_lambda(self, value: float) -> None:
-        """Set lambda, in [0, 1], of a layer that has attention."""
-        self.attention_lambda.fill_(value)
-        self.attention_state = _state_at(value)
-
-    def attention_parameters(self) -> list[nn.Parameter]:
-        """Parameters that go when this layer's attention is removed: the attention's and its LayerNorm's."""
-        if self.attention is None:
-            return []
-        return [*self.attention.parameters(), *self.layernorm_before.parameters()]
-
-    def _mark_unused_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        unused = [parameter for parameter in self.attention_parameters() if parameter.requires_grad]
-        if not (self.training and unused and torch.is_grad_enabled()):
-            return hidden_states
-        return _WithoutGradient.apply(hidden_states, *unused)
-
-    def extra_repr(self) -> str:
-        return f"attention {self.attention_state}"
-
-
-def read_attention_state(layer: LambdaViTLayer, _incompatible_keys=None) -> None:
-    """Bring `layer.attention_state` in line with the value of its lambda."""
-    # Which branch to run is a Python attribute: reading the buffer in `forward` would wait for the GPU in every layer
-    # and break compiled graphs. It is read again wherever the buffer can have changed.
-    if layer.attention is not None and not layer.attention_lambda.is_meta:
-        layer.attention_state = _state_at(layer.attention_lambda.item())
-
-
-def _state_at(value: float) -> str:
-    return "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"

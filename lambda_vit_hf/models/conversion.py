@@ -9,6 +9,7 @@ import argparse
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from .configuration_lambda_vit import LambdaViTConfig
 from .folding import check_layer_indices
-from .loading import patch_grid, resize_position_embeddings, square_side
+from .image_size import patch_grid, resize_position_embeddings, square_grid
 from .modeling_lambda_vit import LambdaViTForImageClassification
 
 
@@ -27,7 +28,11 @@ logger = logging.getLogger(__name__)
 WRAPPING_KEYS = ("model", "net", "state_dict", "model_ema", "state_dict_ema")
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
-_AUTHORS_FILE = re.compile(r"(?:base|small|tiny)_([0-9]+)\.pth")
+# The six files that the authors published; no other name says anything about layers.
+_AUTHORS_FILES = {
+    "base_01346.pth": [0, 1, 3, 4, 6], "base_013469.pth": [0, 1, 3, 4, 6, 9], "small_024.pth": [0, 2, 4],
+    "small_0246.pth": [0, 2, 4, 6], "tiny_024.pth": [0, 2, 4], "tiny_0246.pth": [0, 2, 4, 6],
+}  # fmt: skip
 # Wider ViTs do not have 64 dimensions per head (ViT-H: 80, ViT-g: 88, ViT-G: 104), though 64 divides their width: a
 # guess would load without complaint and compute something else.
 _WIDEST_WITH_64_PER_HEAD = 1024
@@ -46,13 +51,15 @@ _HEAD = ["head.weight", "head.bias"]
 
 def convert_checkpoint(
     path: str | Path,
-    layers_removed: list[int] | None = None,
+    removed_layers: list[int] | None = None,
     fold: bool = True,
     num_attention_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     id2label: dict[int, str] | None = None,
     drop_head: bool = False,
     weights_key: str | None = None,
+    stored_image_size: int | tuple[int, int] | None = None,
+    layers_removed: list[int] | None = None,
 ) -> LambdaViTForImageClassification:
     r"""
     Build a LambdaViT from a timm, DeiT or Lambda-ViT checkpoint: the same logits up to rounding, in float32.
@@ -64,7 +71,7 @@ def convert_checkpoint(
         path (`str` or `Path`):
             A `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file: a table of tensors, bare or under a top key
             `model`, `net`, `state_dict`, `model_ema` or `state_dict_ema`; names may have the prefix `module.`.
-        layers_removed (`list[int]`, *optional*):
+        removed_layers (`list[int]`, *optional*):
             0-based layers whose attention, still in the file, becomes the identity, as in the paper at lambda = 0.
             Defaults to what the name of one of the authors' files says (`base_01346.pth`: layers 0, 1, 3, 4 and 6),
             else to none. `[]`: none, whatever the name.
@@ -81,6 +88,10 @@ def convert_checkpoint(
             without a head.
         weights_key (`str`, *optional*):
             Which top key to read. Required for files with several, such as `model` and `model_ema`.
+        stored_image_size (`int` or `tuple[int, int]`, *optional*):
+            Height and width in pixels that the file's position embeddings are for. Defaults to a square. Required
+            where they are not, or where `image_size` would make as many patches as the file has in another grid.
+        layers_removed (`list[int]`, *optional*): the former name of `removed_layers`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -95,17 +106,21 @@ def convert_checkpoint(
     [0, 1, 3, 4, 6]
     ```
     """
+    if layers_removed is not None:
+        warnings.warn("`layers_removed` is now called `removed_layers`.", FutureWarning, stacklevel=2)
+        removed_layers = layers_removed
     path = Path(path)
     tensors = _read_state_dict(path, weights_key)
     if drop_head:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
     names = _names_in_model(tensors, path, has_head=not drop_head)
     _check_tensors(tensors, path)
-    hidden_size, num_channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    hidden_size, num_channels, *patch_size = tensors["patch_embed.proj.weight"].shape
+    stored = _stored_grid(tensors["pos_embed"], patch_size, image_size, stored_image_size, path)
     if image_size is None:
-        image_size = square_side(tensors["pos_embed"]) * patch_size
+        image_size = _smallest_form([side * patch for side, patch in zip(stored, patch_size, strict=True)])
     grid = patch_grid(image_size, patch_size)
-    tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid)
+    tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid, stored)
     num_labels = 0 if drop_head else tensors["head.bias"].numel()
     if id2label is not None and set(id2label) != set(range(num_labels)):
         raise ValueError(f"`id2label` must map 0, 1, ... to {num_labels} class names ({path}): {str(id2label)[:99]}.")
@@ -116,21 +131,21 @@ def convert_checkpoint(
         num_attention_heads=_num_heads(hidden_size, num_attention_heads, path),
         intermediate_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
         image_size=image_size if isinstance(image_size, int) else list(image_size),
-        patch_size=patch_size,
+        patch_size=_smallest_form(patch_size),
         num_channels=num_channels,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         layer_norm_eps=1e-6,
         id2label=id2label,
         label2id={label: index for index, label in id2label.items()},
     )
-    layers_removed = _layers_in_name(path) if layers_removed is None else layers_removed
-    layers_removed = check_layer_indices(layers_removed, config.num_hidden_layers)
+    removed_layers = _layers_in_name(path) if removed_layers is None else removed_layers
+    removed_layers = check_layer_indices(removed_layers, config.num_hidden_layers)
     # On the meta device nothing is drawn at random: a parameter that the file did not give would have no value at all.
     with torch.device("meta"):
         model = LambdaViTForImageClassification(config)
     model.load_state_dict(_renamed(tensors, names, model, path), strict=True, assign=True)
-    if layers_removed:
-        model.remove_attention(layers_removed)
+    if removed_layers:
+        model.remove_attention(removed_layers)
         if fold:
             model.fold_removed_attention()
     return model.eval()
@@ -218,6 +233,29 @@ def _check_tensors(tensors: dict, path: Path) -> None:
             raise ValueError(f"{name} in {path} must have {axes} axes, got shape {tuple(tensors[name].shape)}.")
 
 
+def _stored_grid(positions, patch_size: list[int], image_size, stored_image_size, path: Path) -> tuple[int, int]:
+    """Patches per column and per row that the file's position embeddings are for: said by the caller, or a square."""
+    num_patches = positions.shape[1] - 1
+    if stored_image_size is not None:
+        return patch_grid(stored_image_size, patch_size)
+    wanted = None if image_size is None else patch_grid(image_size, patch_size)
+    if wanted is not None and wanted[0] * wanted[1] == num_patches and wanted[0] != wanted[1]:
+        raise ValueError(
+            f"{path} has {num_patches} positions, as many as `image_size` {image_size} makes patches"
+            f" ({wanted[0]} x {wanted[1]}). Is it a model of such images, or one of squares to be resized? Say so by"
+            " `stored_image_size`, in pixels."
+        )
+    try:
+        return square_grid(num_patches)
+    except ValueError as error:
+        raise ValueError(f"{error} `stored_image_size`, in pixels, says what {path} was trained on.") from error
+
+
+def _smallest_form(sizes: list[int]) -> int | list[int]:
+    """One number for a square, as configurations have it."""
+    return sizes[0] if sizes[0] == sizes[1] else list(sizes)
+
+
 def _num_heads(width: int, wanted: int | None, path: Path) -> int:
     if wanted is None and width % 64 == 0 and width <= _WIDEST_WITH_64_PER_HEAD:
         return width // 64
@@ -230,8 +268,7 @@ def _num_heads(width: int, wanted: int | None, path: Path) -> int:
 
 
 def _layers_in_name(path: Path) -> list[int]:
-    match = _AUTHORS_FILE.fullmatch(path.name)
-    layers = [int(digit) for digit in match[1]] if match else []
+    layers = _AUTHORS_FILES.get(path.name, [])
     if layers:
         # A warning: another file of such a name would lose layers that its owner wants to keep.
         logger.warning("%s: removing the attention of layers %s, as the file's name says.", path, layers)

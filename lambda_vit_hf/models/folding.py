@@ -1,14 +1,16 @@
-"""Removal of attention layers, exactly: drop the weights, fold the identity into its neighbours.
+"""Folding: the doubling that a removed attention layer leaves behind, absorbed exactly by the weights that follow.
 
 A removed attention leaves the identity behind, and its block starts with `x = 2 * x`. Let `scale` be the product of
 these factors up to and including a block. Storing `x / scale` instead of `x` makes every doubling vanish: each branch
-that adds to the stream is divided by `scale` in its last linear layer, and each LayerNorm, which is scale-free but for
-its epsilon, gets `eps / scale**2`. Powers of two are exact in floating point, so nothing is rounded. The embeddings
-are multiplied by a power of two besides, which every `scale` is then divided by: this centres the range for float16.
+that adds to the stream is divided by `scale`, in its LayerScale or else in its last linear layer, and each LayerNorm,
+which is scale-free but for its epsilon, gets `eps / scale**2`. Powers of two are exact in floating point, so nothing
+is rounded. What enters the first block is multiplied by a power of two besides, which every `scale` is then divided
+by: this centres the range for float16.
 
 Source: the doubling is Lin et al., CVPR 2024, section 3.3; the folding is this package's.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -28,16 +30,21 @@ def check_layer_indices(layers: Iterable[int], num_layers: int) -> list[int]:
     """
     if isinstance(layers, (int, str)) or not isinstance(layers, Iterable):
         raise ValueError(f"`layers` must be a list of 0-based layer indices, got {layers!r}.")
-    layers = list(layers)
+    layers = [_as_index(layer) for layer in layers]
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise ValueError(f"`layers` must hold integers, got {layer!r} in {layers}.")
         if not 0 <= layer < num_layers:
             raise ValueError(f"Layer {layer} is out of range: the model has layers 0 to {num_layers - 1}.")
     repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
     if repeated:
         raise ValueError(f"`layers` names {repeated} more than once: {layers}.")
     return sorted(layers)
+
+
+def _as_index(layer) -> int:
+    """An `int` of any integer, numpy's too."""
+    if isinstance(layer, bool) or not hasattr(type(layer), "__index__"):
+        raise ValueError(f"`layers` must hold integers, got {layer!r}.")
+    return operator.index(layer)
 
 
 def residual_scales(attention_flags: Sequence[bool], exponent: int = 0) -> list[float]:
@@ -63,45 +70,54 @@ def centred_exponent(attention_flags: Sequence[bool]) -> int:
 
 
 @torch.no_grad()
-def fold_encoder_(
-    embeddings: nn.Module | None, layers: Sequence[nn.Module], divisors: Sequence[float], exponent: int = 0
-) -> None:
+def fold_encoder_(entry: nn.Module, layers: Sequence[nn.Module], divisors: Sequence[float], exponent: int = 0) -> None:
     """
     Store a stream that is smaller by powers of two, in place: divide what adds to it.
 
     Epsilons are not touched here: they follow from the config (see `folded_layer_norm_eps`).
 
     Args:
-        embeddings (`nn.Module`, *optional*): ViT embeddings. Multiplied by `2**exponent`; not read if that is 1.
-        layers (`Sequence[nn.Module]`): ViT layers with `.mlp.fc2`, and `.attention.o_proj` where attention is kept.
-        divisors (`Sequence[float]`): per layer, a power of two.
+        entry (`nn.Module`): what gives the first block its input, linear in all its parameters (embeddings, or a
+            LayerNorm behind them). Multiplied by `2**exponent`.
+        layers (`Sequence[RemovableAttention]`): the blocks.
+        divisors (`Sequence[float]`): per block, a power of two.
         exponent (`int`, *optional*, defaults to 0): see `centred_exponent`.
 
     Raises:
         ValueError: if a weight leaves the range of its dtype (float16), or if an adapter or a quantised layer stands
             in the place of a plain one. Nothing is changed then.
     """
-    divided = []
+    quotients = []
     if exponent:
-        _check_plain("the patch embedding", embeddings.patch_embeddings.projection, nn.Conv2d)
-        divided += [("the embeddings", parameter, 2.0**-exponent) for parameter in embeddings.parameters()]
+        for name, module in entry.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                _check_plain(f"the embeddings ({name or 'themselves'})", module)
+        quotients += [(p, _exact_quotient("the embeddings", p, 2.0**-exponent)) for p in entry.parameters()]
     for index, (layer, divisor) in enumerate(zip(layers, divisors, strict=True)):
-        if divisor == 1:
-            continue
-        ends = [layer.mlp.fc2] if layer.attention is None else [layer.attention.o_proj, layer.mlp.fc2]
-        for end in ends:
-            _check_plain(f"layer {index}", end, nn.Linear)
-        divided += [(f"layer {index}", parameter, divisor) for end in ends for parameter in end.parameters()]
-    quotients = [(parameter, _exact_quotient(where, parameter, divisor)) for where, parameter, divisor in divided]
+        for scale, end in layer.stream_ends() if divisor != 1 else ():
+            quotients += _divided_branch(f"layer {index}", scale, end, divisor)
     for parameter, quotient in quotients:
         parameter.copy_(quotient)
 
 
-def _check_plain(where: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    if type(module) is not kind or not module.weight.is_floating_point():
+def _divided_branch(where: str, scale: nn.Module | None, end: nn.Module, divisor: float) -> list[tuple]:
+    """Parameters of a branch and their new values: those of its LayerScale, where that is exact, else of its end."""
+    if scale is not None and all(_is_exact(parameter, divisor) for parameter in scale.parameters()):
+        return [(parameter, parameter / divisor) for parameter in scale.parameters()]
+    _check_plain(where, end)
+    return [(parameter, _exact_quotient(where, parameter, divisor)) for parameter in end.parameters()]
+
+
+def _is_exact(parameter: torch.Tensor, divisor: float) -> bool:
+    return torch.equal((parameter / divisor) * divisor, parameter)
+
+
+def _check_plain(where: str, module: nn.Module) -> None:
+    is_plain = type(module).__module__.startswith(("torch.nn.", "transformers.models."))
+    if not is_plain or not all(parameter.is_floating_point() for parameter in module.parameters()):
         raise ValueError(
-            f"Folding would not keep the function of {where}: it has a {type(module).__name__} in the place of a"
-            f" {kind.__name__}. Merge adapters into the weights first, and quantise after folding."
+            f"Folding would not keep the function of {where}: a {type(module).__name__} of {type(module).__module__}"
+            " stands in the place of a plain layer. Merge adapters into the weights first, and quantise after folding."
         )
 
 

@@ -5,49 +5,91 @@ Shapes: `(batch, tokens, hidden)`.
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .blocks import LambdaViTAttention
+from .blocks import BlockDescription, in_heads
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_FACTS = ("config", "num_attention_heads", "head_dim", "attention_dropout", "scaling", "is_causal")
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
-class StackedAttention(LambdaViTAttention):
+class StackedAttention(nn.Module):
     """
-    Attention whose query, key and value come from one linear layer.
+    A family's attention, in evaluation mode, whose query, key and value come from one linear layer.
 
-    Differences from `LambdaViTAttention`: `qkv_proj` in place of `q_proj`, `k_proj` and `v_proj`. `state_dict` and
-    `load_state_dict` go on using these three names.
+    Differences from the attention it is made of: `qkv_proj` in place of `q_proj`, `k_proj` and `v_proj`, though
+    `state_dict` and `load_state_dict` go on using these three names; no dropout; on request the answer to the class
+    token's query alone, or the keys.
+
+    Args:
+        attention (`nn.Module`): of transformers, with three projections of one width.
+        block ([`BlockDescription`]): of its family.
     """
 
-    def __init__(self, attention: LambdaViTAttention):
-        nn.Module.__init__(self)
+    keys = True
+
+    def __init__(self, attention: nn.Module, block: BlockDescription):
+        super().__init__()
         # Hooks come along: transformers installs those that record attentions once per model, not per module.
-        for name in (*_FACTS, *_HOOKS):
+        for name in _HOOKS:
             setattr(self, name, getattr(attention, name))
+        self.config, self.head_dim, self.is_causal = attention.config, attention.head_dim, False
+        self.scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
+        self.block, self.end = block, block.attention_end
         with torch.no_grad():
             self.qkv_proj = _stack([getattr(attention, name) for name in _PROJECTIONS])
-        self.o_proj = attention.o_proj
+        setattr(self, self.end, getattr(attention, self.end))
         self.register_state_dict_post_hook(_split_projections)
         self.register_load_state_dict_pre_hook(_stack_projections)
 
-    def project(self, hidden_states: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if asking is hidden_states or type(self.qkv_proj) is not nn.Linear:  # quantised: has no weight to cut
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        only_class_token: bool = False,
+        return_keys: bool = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ):
+        """
+        Output `(batch, tokens, hidden)`, attention probabilities (eager only, else `None`), and on request the keys
+        `(batch, heads, tokens, head width)`. With `only_class_token` every token is a key, but the class token is the
+        only query: `(batch, 1, hidden)`.
+        """
+        query, key, value = (
+            in_heads(states, self.head_dim)
+            for states in self._project(hidden_states, only_class_token and self.block.rotate is None)
+        )
+        if self.block.rotate is not None:
+            query, key = self.block.rotate(query, key, *position_embeddings)
+            query = query[:, :, :1] if only_class_token else query
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.block.eager_attention)
+        output, probabilities = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        output = getattr(self, self.end)(output.flatten(2))
+        return (output, probabilities, key) if return_keys else (output, probabilities)
+
+    def _project(self, hidden_states: torch.Tensor, only_class_token: bool) -> tuple[torch.Tensor, ...]:
+        """Query (of the class token alone, if asked for), key and value: each `(batch, tokens, hidden)`."""
+        if not only_class_token or type(self.qkv_proj) is not nn.Linear:  # quantised: has no weight to cut
             query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
-            return query[:, : asking.shape[1]], key, value
+            return query[:, :1] if only_class_token else query, key, value
         width = self.qkv_proj.out_features // 3
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        query = nn.functional.linear(asking, weight[:width], query_bias)
+        query = nn.functional.linear(hidden_states[:, :1], weight[:width], query_bias)
         return query, *nn.functional.linear(hidden_states, weight[width:], other_bias).chunk(2, dim=-1)
 
 
 class InferenceMixin:
-    """`prepare_for_inference`, for every LambdaViT model."""
+    """`prepare_for_inference`, for every Lambda model."""
 
     is_prepared_for_inference = False
+    class_token_only = False
+    # Whether the classifier reads nothing but the class token.
+    _head_reads_class_token_only = False
 
     def prepare_for_inference(self, class_token_only: bool = True) -> "InferenceMixin":
         """
@@ -55,8 +97,8 @@ class InferenceMixin:
 
         - Removed attention is folded.
         - Query, key and value come from one linear layer; dropout and drop path are taken out.
-        - A classifier reads the class token alone. So from the last attention on, only the class token is computed, in
-          a call that asks for no hidden states or attentions.
+        - Where a classifier reads the class token alone: from the last attention on, only the class token is computed,
+          in a call that asks for no hidden states or attentions.
 
         `save_pretrained` goes on writing the standard format. The model cannot be trained or changed any more: load it
         again for that.
@@ -84,14 +126,18 @@ class InferenceMixin:
         diluting = [i for i, layer in enumerate(self.encoder_layers) if layer.attention_state == "diluting"]
         if diluting:
             raise ValueError(f"Layers {diluting} have a lambda between 0 and 1: train on, or remove their attention.")
-        _check_linear_layers(self.encoder_layers)
+        attending = [layer for layer in self.encoder_layers if layer.has_attention]
+        for layer in attending:
+            _check_linear_layers(layer.get_submodule(layer.block.attention))
         if self.config.removed_layers:
             self.fold_removed_attention()
+        for layer in attending:
+            stacked = StackedAttention(layer.get_submodule(layer.block.attention), layer.block).eval()
+            setattr(layer, layer.block.attention, stacked)
         for layer in self.encoder_layers:
-            if layer.attention is not None:
-                layer.attention = StackedAttention(layer.attention).eval()
-            layer.dropout = layer.drop_path = None
-        self.base_model.class_token_only = class_token_only and hasattr(self, "classifier")
+            for name in layer.block.drops:
+                setattr(layer, name, None)
+        self.base_model.class_token_only = class_token_only and self._head_reads_class_token_only
         self.is_prepared_for_inference = self.base_model.is_prepared_for_inference = True
         return self
 
@@ -106,28 +152,36 @@ class InferenceMixin:
             raise ValueError("This model is prepared for inference; to train or change it, load it again.")
 
 
-def _check_linear_layers(layers: nn.ModuleList) -> None:
+def _check_linear_layers(attention: nn.Module) -> None:
     """ValueError where a query, key or value projection is no plain linear layer: stacking would lose what it does."""
-    for index, layer in enumerate(layers):
-        for name in _PROJECTIONS if layer.attention is not None else ():
-            projection = getattr(layer.attention, name)
-            if type(projection) is not nn.Linear:
-                raise ValueError(
-                    f"{name} of layer {index} is a {type(projection).__name__}, not a linear layer. Merge adapters"
-                    " into the weights first, and quantise after `prepare_for_inference`."
-                )
-            is_offloaded = hasattr(projection, "_hf_hook") or projection.weight.is_meta
-            if projection._forward_hooks or projection._forward_pre_hooks or is_offloaded:
-                raise ValueError(f"{name} of layer {index} has hooks or is offloaded: stacking would lose them.")
+    for name in _PROJECTIONS:
+        projection = getattr(attention, name)
+        if type(projection) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(projection).__name__} of {type(projection).__module__}, not torch's linear layer."
+                " Merge adapters into the weights first, and quantise after `prepare_for_inference`."
+            )
+        is_offloaded = hasattr(projection, "_hf_hook") or projection.weight.is_meta
+        if projection._forward_hooks or projection._forward_pre_hooks or is_offloaded:
+            raise ValueError(f"{name} has hooks or is offloaded: stacking would lose them.")
 
 
 def _stack(linears: list[nn.Linear]) -> nn.Linear:
-    first = linears[0]
+    """One linear layer of several of one width; where only some have a bias, the others' is zero."""
+    first, has_bias = linears[0], any(linear.bias is not None for linear in linears)
     with torch.device("meta"):
-        stacked = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), first.bias is not None)
-    for kind, parameter in first.named_parameters():
-        values = torch.cat([getattr(linear, kind) for linear in linears])
-        setattr(stacked, kind, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        stacked = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), has_bias)
+    values = {"weight": torch.cat([linear.weight for linear in linears])}
+    if has_bias:
+        values["bias"] = torch.cat(
+            [
+                linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+                for linear in linears
+            ]
+        )
+    for kind, value in values.items():
+        setattr(stacked, kind, nn.Parameter(value, requires_grad=first.weight.requires_grad))
+    stacked.has_bias = [linear.bias is not None for linear in linears]
     return stacked
 
 
@@ -135,12 +189,14 @@ def _split_projections(module, state_dict, prefix, _metadata):
     """Under the three names. Copies: a file of weights cannot hold overlapping tensors."""
     for kind, _ in module.qkv_proj.named_parameters():
         parts = state_dict.pop(f"{prefix}qkv_proj.{kind}").chunk(3)
-        for name, part in zip(_PROJECTIONS, parts, strict=True):
-            state_dict[f"{prefix}{name}.{kind}"] = part.clone()
+        for name, part, has_bias in zip(_PROJECTIONS, parts, module.qkv_proj.has_bias, strict=True):
+            if kind == "weight" or has_bias:
+                state_dict[f"{prefix}{name}.{kind}"] = part.clone()
 
 
 def _stack_projections(module, state_dict, prefix, *_):
-    for kind, _ in module.qkv_proj.named_parameters():
-        names = [f"{prefix}{name}.{kind}" for name in _PROJECTIONS]
-        if all(name in state_dict for name in names):
-            state_dict[f"{prefix}qkv_proj.{kind}"] = torch.cat([state_dict.pop(name) for name in names])
+    for kind, stacked in module.qkv_proj.named_parameters():
+        parts = [state_dict.pop(f"{prefix}{name}.{kind}", None) for name in _PROJECTIONS]
+        if any(part is not None for part in parts):
+            zeros = stacked.new_zeros(stacked.shape[0] // 3) if kind == "bias" else None
+            state_dict[f"{prefix}qkv_proj.{kind}"] = torch.cat([zeros if part is None else part for part in parts])

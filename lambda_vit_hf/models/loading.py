@@ -1,45 +1,47 @@
-"""Loading, exactly or not at all: names of weights, what is left to remove, whether all arrived, other image sizes.
-
-Saved models carry this file too: it imports from torch, transformers, configuration and removal only.
-"""
+"""Loading, exactly or not at all: names of weights, what is left to remove, whether all arrived, and whole."""
 
 import copy
 import math
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .configuration_lambda_vit import LambdaViTConfig
+from .configuration_removal import RemovalConfigMixin
 from .folding import check_layer_indices
 
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 WANTED_REMOVAL = ("attention_flags", "removed_layers", "fold_removed")
-_ENCODER_KEYS = ("embeddings.cls_token", "embeddings.position", "embeddings.patch", "layers.", "layernorm.")
+_WHOLE, _PARTS = "model.safetensors", "model.safetensors.index.json"
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 
 
-def read_vit_key_names(*class_names: str) -> None:
+def read_key_names_of(source_class: str, *class_names: str) -> None:
     """
-    Let base models of these class names read ViT checkpoints in the key names of transformers 4.
+    Let base models of these class names read checkpoints in the older key names that `source_class` reads.
 
-    Files on the Hub carry these names. The renaming on load is looked up by class name and skips subclasses: without
-    this, every encoder weight of a ViT checkpoint would be left at its random start.
+    Files on the Hub carry names of transformers 4. The renaming on load is looked up by class name and skips
+    subclasses: without this, every encoder weight of such a checkpoint would be left at its random start.
     """
     for class_name in class_names:
-        mapping = get_checkpoint_conversion_mapping("ViTModel")
+        mapping = get_checkpoint_conversion_mapping(source_class)
         register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
 def read_stored_config(
-    source: str, config: LambdaViTConfig | None, arguments: dict
-) -> tuple[LambdaViTConfig, LambdaViTConfig, dict]:
+    config_class: type[PreTrainedConfig], source: str, config: RemovalConfigMixin | None, arguments: dict
+) -> tuple[RemovalConfigMixin, RemovalConfigMixin, dict]:
     """
     Configuration of a checkpoint, before layers are removed from it.
 
     Args:
+        config_class (`type`): Class of the configuration.
         source (`str`): Folder or repository of the checkpoint.
-        config (`LambdaViTConfig`, *optional*): The caller's; by default the checkpoint's, changed by `arguments`.
+        config (of `config_class`, *optional*): The caller's; by default the checkpoint's, changed by `arguments`.
         arguments (`dict`): The caller's keyword arguments of `from_pretrained`.
 
     Returns:
@@ -47,21 +49,21 @@ def read_stored_config(
         the arguments that are left for the model.
     """
     kept = {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
-    if isinstance(config, LambdaViTConfig):
-        # What the config already says about attention was the caller's choice: see `LambdaViTConfig.from_dict`.
+    if isinstance(config, config_class):
+        # What the config already says about attention was the caller's choice: see `RemovalConfigMixin.from_dict`.
         attention = {"attn_implementation": arguments.get("attn_implementation") or config._attn_implementation}
-        stored = LambdaViTConfig.from_pretrained(source, **attention, **kept)
+        stored = config_class.from_pretrained(source, **attention, **kept)
         config = copy.deepcopy(config)
         for name in ("attention_flags", "fold_removed", "fold_exponent"):
             setattr(config, name, getattr(stored, name))
         return stored, config, arguments
     kept.update({name: arguments[name] for name in ("dtype", "torch_dtype") if name in arguments})
-    stored, unused = LambdaViTConfig.from_pretrained(source, return_unused_kwargs=True, **arguments)
+    stored, unused = config_class.from_pretrained(source, return_unused_kwargs=True, **arguments)
     return stored, copy.deepcopy(stored), {**unused, **kept}
 
 
 def removal_to_do(
-    stored: LambdaViTConfig,
+    stored: RemovalConfigMixin,
     attention_flags: list[bool] | None = None,
     removed_layers: list[int] | None = None,
     fold_removed: bool | None = None,
@@ -70,7 +72,7 @@ def removal_to_do(
     What is left to do after a checkpoint was loaded as it is stored.
 
     Args:
-        stored (`LambdaViTConfig`): The checkpoint's configuration.
+        stored (`RemovalConfigMixin`): The checkpoint's configuration.
         attention_flags (`list[bool]`, *optional*): What is wanted, one flag per layer; by default what is stored.
         removed_layers (`list[int]`, *optional*): The same by 0-based indices; those removed already may be left out.
         fold_removed (`bool`, *optional*): Whether the result is wanted folded; by default as it is stored.
@@ -104,21 +106,22 @@ def check_finished(attention_lambdas: list[float | None]) -> None:
         raise ValueError(f"Nothing was pushed: lambda is not 1 in layers {unfinished}. Train on, or remove them.")
 
 
-def check_loaded_weights(config: LambdaViTConfig, info: dict, source: str) -> None:
+def check_loaded_weights(model: nn.Module, info: dict, source: str) -> None:
     """
-    Refuse a load that left an encoder weight random, or lost one.
+    Refuse a load that left an encoder weight random, or lost one, or brought values that are none.
 
     Args:
-        config (`LambdaViTConfig`): Configuration of the loaded model.
+        model (`LambdaPreTrainedModel`): The loaded model.
         info (`dict`): What `from_pretrained(..., output_loading_info=True)` reports.
         source (`str`): Folder or repository, for the message.
 
     Raises:
-        ValueError: if a weight of the encoder is missing, has another shape, or has no place in the model.
+        ValueError: if a weight of the encoder is missing, has another shape, or has no place in the model; if a weight
+            is NaN or infinite, or a lambda outside [0, 1].
     """
 
     def of_encoder(keys):
-        return sorted(key for key in keys if key.removeprefix("vit.").startswith(_ENCODER_KEYS))
+        return sorted(key for key in keys if not model.is_head_key(key))
 
     problems = {
         "not in the checkpoint (they would stay random)": of_encoder(info["missing_keys"]),
@@ -129,64 +132,64 @@ def check_loaded_weights(config: LambdaViTConfig, info: dict, source: str) -> No
     if lines:
         raise ValueError(
             f"The weights of {source} do not fit its configuration (attention removed in layers"
-            f" {config.removed_layers} of {config.num_hidden_layers}):\n" + "\n".join(lines) + "\nIf the file is"
-            " whole, its config.json is another model's. To start from a full checkpoint with layers removed, pass"
-            " `attention_flags=` to `from_pretrained`."
+            f" {model.config.removed_layers} of {model.config.num_hidden_layers}):\n" + "\n".join(lines) + "\nIf the"
+            " file is whole, its config.json is another model's. To start from a full checkpoint with layers removed,"
+            " pass `attention_flags=` to `from_pretrained`."
         )
+    damaged = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} weights of {source} hold NaN or infinity: {', '.join(damaged[:4])}. Its training failed,"
+            " or the file is damaged: take an earlier checkpoint, or download it again."
+        )
+    lambdas = {index: value for index, value in enumerate(model.attention_lambdas) if value is not None}
+    wrong = {index: value for index, value in lambdas.items() if not 0.0 <= value <= 1.0}
+    if wrong:
+        raise ValueError(f"Lambda must lie in [0, 1], but {source} has, by layer: {wrong}. The file is damaged.")
 
 
-def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The sum of finite values can only overflow in half precision; one pass, and no mask of the tensor's size.
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    return math.isfinite(tensor.sum(dtype=torch.float64).item())
+
+
+def check_weight_files(folder: str | Path) -> None:
     """
-    Resample position embeddings to another grid of patches: bicubic, antialiased, class token untouched.
-
-    Args:
-        position_embeddings (`torch.Tensor` of shape `(1, 1 + side * side, hidden)`): class token, then a square.
-        grid (`tuple[int, int]`): patches per column and per row, (height, width).
-
-    Returns:
-        `torch.Tensor` of shape `(1, 1 + height * width, hidden)`; the argument itself if the grid is the same.
+    Refuse a folder whose weights are there twice, or are integers. (transformers would read the one file, old or not,
+    and take integers as numbers.)
 
     Raises:
-        ValueError: if the patches do not form a square.
-
-    Source: the rule of `timm.layers.resample_abs_pos_embed`.
+        ValueError: if weights are in one file and in parts; if a tensor holds integers and the model is not quantised.
     """
-    side = square_side(position_embeddings)
-    if tuple(grid) == (side, side):
-        return position_embeddings
-    class_token, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
-    patches = patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches, tuple(grid), mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([class_token, patches.permute(0, 2, 3, 1).flatten(1, 2).to(class_token.dtype)], dim=1)
-
-
-def set_image_size(embeddings: nn.Module, config: LambdaViTConfig, image_size: int | tuple[int, int]) -> None:
-    """Fit the embeddings of a ViT and its configuration to images of another height and width, in pixels."""
-    grid = patch_grid(image_size, config.patch_size)
-    positions = embeddings.position_embeddings
-    resized = resize_position_embeddings(positions.detach(), grid)
-    embeddings.position_embeddings = nn.Parameter(resized, requires_grad=positions.requires_grad)
-    embeddings.patch_embeddings.num_patches = grid[0] * grid[1]
-    config.image_size = image_size
-    height_and_width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    embeddings.image_size = embeddings.patch_embeddings.image_size = height_and_width
-
-
-def square_side(position_embeddings: torch.Tensor) -> int:
-    """Patches per side, from position embeddings `(1, 1 + side * side, hidden)`."""
-    num_patches = position_embeddings.shape[1] - 1
-    side = math.isqrt(num_patches)
-    if side < 1 or side * side != num_patches:
+    folder = Path(folder)
+    if all((folder / name).is_file() for name in (_WHOLE, _PARTS)):
         raise ValueError(
-            f"Position embeddings of shape {tuple(position_embeddings.shape)} are not those of a class token and a"
-            " square of patches. LambdaViT reads models trained on square images, with one position per token."
+            f"{folder} holds weights twice: {_WHOLE}, and parts listed in {_PARTS}. One of them is old. Delete it, or"
+            " save the model again."
         )
-    return side
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in config.read_text(encoding="utf-8"):
+        return
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            integers = [name for name in file.keys() if file.get_slice(name).get_dtype() in _INTEGERS]  # noqa: SIM118
+        if integers:
+            raise ValueError(
+                f"{path} holds integers where weights are expected: {', '.join(integers[:4])}. It is damaged, or of a"
+                " quantised model whose config.json is another's."
+            )
 
 
-def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches per column and per row. ValueError where `image_size` is no one or two multiples of `patch_size`."""
-    sizes = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 and size % patch_size == 0 for size in sizes):
-        raise ValueError(f"`image_size` must be one or two multiples of the patch size {patch_size}: {image_size!r}.")
-    return sizes[0] // patch_size, sizes[1] // patch_size
+def remove_other_form(folder: str | Path) -> None:
+    """Delete weights of an earlier save in the other form: parts where one file was written last, or the reverse."""
+    whole, index = Path(folder, _WHOLE), Path(folder, _PARTS)
+    if not (whole.is_file() and index.is_file()):
+        return
+    if whole.stat().st_mtime_ns > index.stat().st_mtime_ns:
+        index.unlink()
+        for part in Path(folder).glob("model-*-of-*.safetensors"):
+            part.unlink()
+    else:
+        whole.unlink()

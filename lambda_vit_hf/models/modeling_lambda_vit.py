@@ -9,24 +9,77 @@ from torch import nn
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import (
+    ViTAttention,
     ViTEmbeddings,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
+    ViTLayer,
     ViTModel,
     ViTPooler,
     ViTPreTrainedModel,
+    eager_attention_forward,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
-from .blocks import LambdaViTLayer
+from .blocks import BlockDescription, RemovableAttention
 from .configuration_lambda_vit import LambdaViTConfig
-from .folding import residual_scales
-from .loading import read_vit_key_names
-from .pretrained_model import AUTO_CLASSES, LambdaViTPreTrainedModel
+from .inference import StackedAttention
+from .loading import read_key_names_of
+from .pretrained_model import LambdaPreTrainedModel
 
 
-read_vit_key_names("LambdaViTModel", "LambdaViTBackbone")
+read_key_names_of("ViTModel", "LambdaViTModel", "LambdaViTBackbone")
+
+
+class LambdaViTDropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images, in training only. Shape kept."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * (keep.to(branch.dtype) / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class LambdaViTLayer(RemovableAttention, ViTLayer):
+    """One block. Differences from `ViTLayer`: those of [`RemovableAttention`]; stochastic depth on both branches."""
+
+    block = BlockDescription(
+        attention_norm="layernorm_before",
+        attention="attention",
+        mlp_norm="layernorm_after",
+        mlp="mlp",
+        attention_end="o_proj",
+        mlp_ends=("fc2",),
+        drops=("dropout", "drop_path"),
+        eager_attention=eager_attention_forward,
+    )
+
+    def __init__(self, config: LambdaViTConfig, layer_index: int):
+        super().__init__(config, layer_index)
+        self.drop_path = LambdaViTDropPath(config.drop_path_rates()[layer_index])
+
+
+class LambdaViTPreTrainedModel(LambdaPreTrainedModel, ViTPreTrainedModel):
+    """Weights, loading and removal, for every LambdaViT model: see [`LambdaPreTrainedModel`]."""
+
+    config: LambdaViTConfig
+    config_class = LambdaViTConfig
+    _no_split_modules = ["ViTEmbeddings", "LambdaViTLayer"]
+    _can_record_outputs = {"hidden_states": LambdaViTLayer, "attentions": [ViTAttention, StackedAttention]}
+    _auto_classes = {
+        "AutoBackbone": "LambdaViTBackbone",
+        "AutoModel": "LambdaViTModel",
+        "AutoModelForImageClassification": "LambdaViTForImageClassification",
+        "AutoModelForMaskedImageModeling": "LambdaViTForMaskedImageModeling",
+    }
 
 
 class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
@@ -37,15 +90,14 @@ class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
     later `hidden_states` have fewer tokens than the image has patches, class token first, the others in no order.
     """
 
-    class_token_only = False
-
     def __init__(self, config: LambdaViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         ViTPreTrainedModel.__init__(self, config)
         self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
         self.layers = nn.ModuleList([LambdaViTLayer(config, index) for index in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
-        self._follow_config()
+        self._set_epsilons()
+        self._check_merging_is_possible()
         self.post_init()
 
     def forward(
@@ -57,39 +109,10 @@ class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """As `ViTModel.forward`; with token merging `attention_mask` must be `None` (ValueError)."""
-        merges_tokens = any(layer.merged_tokens for layer in self.layers)
-        if merges_tokens and attention_mask is not None:
-            raise ValueError("Token merging takes no `attention_mask`: merged tokens have no place in it. Pass None.")
-        if merges_tokens and self.config._attn_implementation not in (None, "eager", "sdpa"):
-            raise ValueError(
-                "Token merging weighs keys by their sizes, which needs attention with an additive mask: use"
-                f' attn_implementation="sdpa" or "eager", not {self.config._attn_implementation!r}.'
-            )
-        asked_for = ("output_hidden_states", "output_attentions")
-        recorded = any(kwargs.get(name, getattr(self.config, name, False)) for name in asked_for)
-        class_token_only = self.class_token_only and attention_mask is None and not recorded
-        arguments = {"bool_masked_pos": bool_masked_pos, "interpolate_pos_encoding": interpolate_pos_encoding}
-        if merges_tokens or class_token_only:
-            return self._forward_fewer_tokens(pixel_values, class_token_only, **arguments, **kwargs)
-        return super().forward(pixel_values, attention_mask=attention_mask, **arguments, **kwargs)
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def _forward_fewer_tokens(
-        self, pixel_values, class_token_only, bool_masked_pos, interpolate_pos_encoding, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """`ViTModel.forward` where tokens get fewer on the way: their sizes pass from layer to layer."""
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
-        token_sizes, last_attention = None, self.config.kept_layers[-1]
-        for index, layer in enumerate(self.layers):
-            hidden_states, token_sizes = layer(
-                hidden_states, keep_sizes=True, token_sizes=token_sizes,
-                class_token_only=class_token_only and index == last_attention, **kwargs,
-            )  # fmt: skip
-        hidden_states = self.layernorm(hidden_states)
-        pooled = None if self.pooler is None else self.pooler(hidden_states)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return self._run_blocks(
+            super().forward, pixel_values, attention_mask, bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding, **kwargs,
+        )  # fmt: skip
 
 
 class LambdaViTForImageClassification(LambdaViTPreTrainedModel, ViTForImageClassification):
@@ -108,6 +131,8 @@ class LambdaViTForImageClassification(LambdaViTPreTrainedModel, ViTForImageClass
     ```
     """
 
+    _head_reads_class_token_only = True
+
     def __init__(self, config: LambdaViTConfig):
         ViTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -123,9 +148,9 @@ class LambdaViTForMaskedImageModeling(LambdaViTPreTrainedModel, ViTForMaskedImag
 
     def __init__(self, config: LambdaViTConfig):
         ViTPreTrainedModel.__init__(self, config)
+        self._check_merging_is_possible()
         self.vit = LambdaViTModel(config, add_pooling_layer=False, use_mask_token=True)
         self.vit._can_merge_tokens = False
-        self.vit._follow_config()
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
             nn.PixelShuffle(config.encoder_stride),
@@ -163,20 +188,14 @@ class LambdaViTBackbone(BackboneMixin, LambdaViTModel):
         """Takes `pixel_values` `(batch, channels, height, width)`, and what [`LambdaViTModel`] takes besides."""
         output = LambdaViTModel.forward(self, pixel_values, **kwargs)
         stages = [self.stage_names.index(name) for name in self.out_features]
-        maps = [self._feature_map(output.hidden_states[stage], stage, pixel_values.shape) for stage in stages]
+        maps = [self._feature_map(output.hidden_states[stage], pixel_values.shape) for stage in stages]
         return BackboneOutput(tuple(maps), output.hidden_states, output.attentions)
 
-    def _feature_map(self, hidden_states: torch.Tensor, stage: int, image_shape: torch.Size) -> torch.Tensor:
-        # A folded stream is smaller by the doublings up to its stage, and so is the epsilon: the last LayerNorm's own
-        # is right for the last stage only.
-        scale, exponent = 1.0, self.config.fold_exponent
-        if self.config.fold_removed:
-            scale = [2.0**-exponent, *residual_scales(self.config.attention_flags, exponent)][stage]
+    def _feature_map(self, hidden_states: torch.Tensor, image_shape: torch.Size) -> torch.Tensor:
         if self.config.apply_layernorm:
-            norm, eps = self.layernorm, self.config.layer_norm_eps / scale**2
+            # Recorded states are as large as in an unfolded model: the config's own epsilon fits them.
+            norm, eps = self.layernorm, self.config.layer_norm_eps
             hidden_states = nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, eps)
-        else:
-            hidden_states = hidden_states * scale
         if not self.config.reshape_hidden_states:
             return hidden_states
         patch_height, patch_width = self.embeddings.patch_embeddings.patch_size
@@ -185,8 +204,10 @@ class LambdaViTBackbone(BackboneMixin, LambdaViTModel):
 
 
 # Saved models carry this file and those it imports, so that they load where the package is not installed.
-for _auto_class, _class_name in AUTO_CLASSES.items():
-    globals()[_class_name].register_for_auto_class(_auto_class)
+LambdaViTBackbone.register_for_auto_class("AutoBackbone")
+LambdaViTModel.register_for_auto_class("AutoModel")
+LambdaViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+LambdaViTForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
 
 __all__ = [
     "LambdaViTBackbone",

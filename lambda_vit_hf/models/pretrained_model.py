@@ -1,69 +1,91 @@
-"""What every LambdaViT model can do: load and save, fade, remove and fold attention, merge tokens, run faster.
+"""What every Lambda model can do, of any family: load and save, fade, remove and fold attention, merge tokens.
+
+A family mixes [`LambdaPreTrainedModel`] into transformers' own classes and says where its parts are. Shapes:
+`(batch, tokens, hidden)`.
 
 Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
 """
+
+import re
+from collections.abc import Callable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
-from transformers.models.vit.modeling_vit import ViTPreTrainedModel
 
-from .blocks import LambdaViTLayer, read_attention_state
-from .configuration_lambda_vit import LambdaViTConfig
+from .blocks import RemovableAttention, note_attention_state
+from .configuration_removal import RemovalConfigMixin
 from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
+from .image_size import set_image_size
 from .inference import InferenceMixin
 from .loading import (
     WANTED_REMOVAL,
     check_finished,
     check_loaded_weights,
+    check_weight_files,
     read_stored_config,
     removal_to_do,
-    set_image_size,
+    remove_other_form,
 )
+from .token_merging import TokenFlow
 
 
-# Every saved model names all doors, whichever class was saved: transformers would name that class alone.
-AUTO_CLASSES = {
-    "AutoBackbone": "LambdaViTBackbone",
-    "AutoModel": "LambdaViTModel",
-    "AutoModelForImageClassification": "LambdaViTForImageClassification",
-    "AutoModelForMaskedImageModeling": "LambdaViTForMaskedImageModeling",
-}
-
-
-class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
+class LambdaPreTrainedModel(InferenceMixin):
     """
-    Weights, loading and removal, for every LambdaViT model.
+    Mixin in front of a family's `...PreTrainedModel` of transformers.
 
-    Differences from `ViTPreTrainedModel`: `set_attention_lambda`, `remove_attention`, `fold_removed_attention`,
-    `set_token_merging`, `prepare_for_inference`;
-    `from_pretrained` takes any ViT checkpoint and raises where a weight of the encoder would stay random or be lost;
-    `save_pretrained` writes the names the modules have, which is what `Trainer` needs to resume.
+    Differences: `set_attention_lambda`, `remove_attention`, `fold_removed_attention`, `set_token_merging`,
+    `prepare_for_inference`; `from_pretrained` takes any checkpoint of the family and raises where a weight of the
+    encoder would stay random or be lost; `save_pretrained` writes the names that the modules have, which is what
+    `Trainer` needs to resume.
+
+    A family sets:
+
+    - `_layers`, `_final_norm`: names of the blocks and of the LayerNorm behind them, within the base model;
+    - `_stream_entry`: name of the module that gives the first block its input;
+    - `_head_keys`: pattern of weights that are no part of the encoder: they may be missing, or left over;
+    - `_auto_classes`: Auto classes and the names of the family's classes that they open;
+    - `_can_merge_tokens`: whether a class can do with fewer tokens.
     """
 
-    config: LambdaViTConfig
-    config_class = LambdaViTConfig
-    _no_split_modules = ["ViTEmbeddings", "LambdaViTLayer"]
     _keys_to_ignore_on_load_missing = [r"attention_lambda$"]
+    _layers, _final_norm, _stream_entry = "layers", "layernorm", "embeddings"
+    _head_keys = r"(^|\.)(classifier|pooler|decoder|mask_token)(\.|$)"
+    _auto_classes: dict[str, str] = {}
     _can_merge_tokens = True
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, LambdaViTLayer) and module.attention is not None:
+        if isinstance(module, RemovableAttention) and module.has_attention:
             init.ones_(module.attention_lambda)
+
+    @classmethod
+    def is_head_key(cls, key: str) -> bool:
+        """Whether a weight of this name is no part of the encoder."""
+        return re.search(cls._head_keys, key) is not None
 
     @property
     def encoder_layers(self) -> nn.ModuleList:
         """The blocks, index 0 nearest to the image."""
-        return self.base_model.layers
+        return self.base_model.get_submodule(self._layers)
 
     @property
     def attention_lambdas(self) -> list[float | None]:
         """Lambda of each layer; `None` where attention is removed."""
-        return [None if layer.attention is None else layer.attention_lambda.item() for layer in self.encoder_layers]
+        return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
+
+    @property
+    def newly_initialized_head(self) -> bool:
+        """Whether the class head is random: its weights were not in the checkpoint, nor have they been trained."""
+        if getattr(self, "_drawn_head", None) is None:
+            return False
+        weight = self.classifier.weight
+        return weight.shape == self._drawn_head.shape and torch.equal(
+            weight.detach().cpu(), self._drawn_head.to(weight.dtype)
+        )
 
     def set_attention_lambda(self, value: float, layers: list[int]) -> None:
         """
@@ -110,10 +132,9 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
         if self.config.fold_removed:
             self._fold(flags)
         for index in layers:
-            layer = self.encoder_layers[index]
-            layer.attention = layer.layernorm_before = layer.attention_lambda = None
+            self.encoder_layers[index].drop_attention()
         self.config.attention_flags = flags
-        self._follow_config()
+        self._set_epsilons()
 
     def fold_removed_attention(self) -> None:
         """
@@ -121,31 +142,39 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
         float32, bfloat16 and float64. Does nothing in a model that is folded already.
 
         Raises:
-            ValueError: in float16, if weights would leave the format's range. The model is unchanged then.
+            ValueError: in float16, if weights would leave the format's range; if adapters or quantised layers stand
+                where weights must be divided. The model is unchanged then.
         """
         self._check_not_prepared()
         if not self.config.fold_removed:
             self._fold(self.config.attention_flags)
-            self._follow_config()
+            self._set_epsilons()
 
     def _fold(self, attention_flags: list[bool]) -> None:
         """Divide the stream by what layers without a flag double it, as far as this has not been done."""
-        config, num_layers = self.config, len(attention_flags)
-        old = (
-            residual_scales(config.attention_flags, config.fold_exponent) if config.fold_removed else [1] * num_layers
-        )
+        config, old = self.config, self.stream_scales()[1:]
         exponent = centred_exponent(attention_flags)
         new = residual_scales(attention_flags, exponent)
         divisors = [after / before for after, before in zip(new, old, strict=True)]
-        fold_encoder_(self.base_model.embeddings, self.encoder_layers, divisors, exponent - config.fold_exponent)
+        entry = self.base_model.get_submodule(self._stream_entry)
+        fold_encoder_(entry, self.encoder_layers, divisors, exponent - config.fold_exponent)
         config.fold_removed, config.fold_exponent = True, exponent
+
+    def stream_scales(self) -> list[float]:
+        """What the stored stream is smaller by than the paper's: before the first block, then after each block."""
+        config = self.config
+        if not config.fold_removed:
+            return [1.0] * (config.num_hidden_layers + 1)
+        return [2.0**-config.fold_exponent, *residual_scales(config.attention_flags, config.fold_exponent)]
 
     def set_token_merging(self, r: int | list[int], start: int = 0) -> None:
         """
-        Merge each image's most similar tokens from now on, in blocks that keep attention (see `merging.py`). It needs
-        no training, costs some accuracy, and is saved with the config. `hidden_states` have ever fewer tokens then.
+        Merge each image's most similar tokens from now on, in blocks that keep attention (see `token_merging.py`). It
+        needs no training, costs some accuracy, and is saved with the config. `hidden_states` have ever fewer tokens
+        then.
 
-        A layer that is being diluted, and a layer called by itself (as the search for layers does), merges nothing.
+        A layer that is being diluted counts as gone, and a layer called by itself (as the search for layers does)
+        merges nothing.
 
         Args:
             r (`int` or `list[int]`): tokens merged per block, or one number per layer; 0 switches merging off.
@@ -155,11 +184,12 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
             ValueError: if a number is negative, the list's length is not that of the layers, `start` is no index of a
                 layer with attention, or the model needs every token (backbone, masked image modeling).
         """
+        self._check_not_prepared()
         old = self.config.token_merging_r, self.config.token_merging_start
         try:
             self.config.token_merging_r, self.config.token_merging_start = r, start
             self.config.validate_token_merging()
-            self._follow_config()
+            self._check_merging_is_possible()
         except (ValueError, StrictDataclassError) as error:
             self.config.token_merging_r, self.config.token_merging_start = old
             raise ValueError(f"Token merging stays as it was. {error}") from error
@@ -172,40 +202,74 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
             image_size (`int` or `tuple[int, int]`): new height and width in pixels, multiples of the patch size.
 
         Raises:
-            ValueError: if the size is no multiple of the patch size, or the present patches do not form a square.
+            ValueError: if the size is no multiple of the patch size.
         """
+        self._check_not_prepared()
         set_image_size(self.base_model.embeddings, self.config, image_size)
 
     def _check_attention_exists(self, layers: list[int]) -> list[int]:
         layers = check_layer_indices(layers, len(self.encoder_layers))
-        removed = [index for index in layers if self.encoder_layers[index].attention is None]
+        removed = [index for index in layers if not self.encoder_layers[index].has_attention]
         if removed:
             raise ValueError(f"The attention of layers {removed} is removed already.")
         return layers
 
-    def _follow_config(self) -> None:
-        """Bring what the config implies up to date: LayerNorm epsilons, what a removed layer does, token merging."""
-        merged_tokens = self.config.token_merging_schedule()
-        if any(merged_tokens) and not self._can_merge_tokens:
+    def _check_merging_is_possible(self) -> None:
+        if any(self.config.token_merging_schedule()) and not self._can_merge_tokens:
             raise ValueError(
                 f"{type(self).__name__} needs a feature for every patch, so it cannot merge tokens. Pass"
                 " `token_merging_r=0` to `from_pretrained`."
             )
-        for layer, r in zip(self.encoder_layers, merged_tokens, strict=True):
-            layer.merged_tokens = r
+
+    def _set_epsilons(self) -> None:
+        """Bring the LayerNorms that read the stream in line with the config: a folded stream needs smaller ones."""
         epsilons = folded_layer_norm_eps(self.config)
         for layer, eps in zip(self.encoder_layers, epsilons, strict=True):
-            layer.layernorm_after.eps = eps
-            if layer.attention is not None:
-                layer.layernorm_before.eps = eps
-            else:
-                layer.attention_state = "folded" if self.config.fold_removed else "removed"
-        self.base_model.layernorm.eps = epsilons[-1]
+            for norm in layer.stream_norms():
+                norm.eps = eps
+        if self._final_norm is not None:
+            self.base_model.get_submodule(self._final_norm).eps = epsilons[-1]
+
+    def _run_blocks(self, forward: Callable, inputs: torch.Tensor, attention_mask=None, **kwargs):
+        """
+        transformers' `forward` of what loops over the blocks, with what they have to know of this call where tokens
+        get fewer.
+
+        Recorded `hidden_states` of a folded model are given as the paper's, as large as in an unfolded one.
+        """
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        states = [layer.attention_state for layer in self.encoder_layers]
+        schedule = self.config.token_merging_schedule([i for i, state in enumerate(states) if state == "kept"])
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        only_class_token = self.class_token_only and attention_mask is None and not recorded
+        if any(schedule):
+            self._check_merging(attention_mask)
+        if any(schedule) or only_class_token:
+            last = self.config.kept_layers[-1] if only_class_token else None
+            kwargs["token_flow"] = TokenFlow(schedule, last)
+        outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None and self.config.fold_removed:
+            pairs = zip(outputs.hidden_states, self.stream_scales(), strict=True)
+            outputs["hidden_states"] = tuple(None if x is None else x * scale for x, scale in pairs)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _check_merging(self, attention_mask) -> None:
+        self._check_merging_is_possible()
+        if attention_mask is not None:
+            raise ValueError("Token merging takes no `attention_mask`: merged tokens have no place in it. Pass None.")
+        if self.config._attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                "Token merging weighs keys by their sizes, which needs attention with an additive mask: use"
+                f' attn_implementation="sdpa" or "eager", not {self.config._attn_implementation!r}.'
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         r"""
-        Load a LambdaViT checkpoint, or any ViT checkpoint, in the key names of transformers 4 or 5.
+        Load a Lambda checkpoint, or any checkpoint of the family, in the key names of transformers 4 or 5.
 
         Args:
             attention_flags (`list[bool]`, *optional*):
@@ -219,19 +283,24 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
             kwargs: everything [`PreTrainedModel.from_pretrained`] takes.
 
         Raises:
-            ValueError: if a weight of the encoder is missing from the checkpoint, has another shape, or has no place
-                in the model; if `attention_flags` asks for attention that the checkpoint no longer has.
+            ValueError: if a weight of the encoder is missing from the checkpoint, has another shape, is no number, or
+                has no place in the model; if weights are there twice; if `attention_flags` asks for attention that the
+                checkpoint no longer has.
         """
         return_info = kwargs.pop("output_loading_info", False)
         image_size = kwargs.pop("image_size", None)
         wanted = {name: kwargs.pop(name) for name in WANTED_REMOVAL if name in kwargs}
-        if isinstance(config, LambdaViTConfig) and (config.removed_layers or config.fold_removed):
+        if isinstance(config, RemovalConfigMixin) and (config.removed_layers or config.fold_removed):
             flags = {} if "removed_layers" in wanted else {"attention_flags": config.attention_flags}
             wanted = {**flags, "fold_removed": config.fold_removed, **wanted}
         if wanted and pretrained_model_name_or_path is not None:
-            stored, config, kwargs = read_stored_config(pretrained_model_name_or_path, config, kwargs)
+            stored, config, kwargs = read_stored_config(
+                cls.config_class, pretrained_model_name_or_path, config, kwargs
+            )
             wanted = removal_to_do(stored, **wanted)
         try:
+            if pretrained_model_name_or_path is not None:
+                check_weight_files(pretrained_model_name_or_path)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
@@ -239,9 +308,8 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
             raise OSError(
                 f"The weights of {pretrained_model_name_or_path} are damaged ({error}). Download or save them again."
             ) from error
-        check_loaded_weights(model.config, info, pretrained_model_name_or_path)
-        for layer in model.encoder_layers:
-            read_attention_state(layer)
+        check_loaded_weights(model, info, pretrained_model_name_or_path)
+        model._after_loading(info)
         if wanted.get("layers"):
             model.remove_attention(wanted["layers"])
         if wanted.get("fold_removed"):
@@ -250,31 +318,39 @@ class LambdaViTPreTrainedModel(InferenceMixin, ViTPreTrainedModel):
             model.set_image_size(image_size)
         return (model, info) if return_info else model
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def _after_loading(self, info: dict) -> None:
+        for layer in self.encoder_layers:
+            note_attention_state(layer)
+        drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if any(key.startswith("classifier.") for key in drawn) and isinstance(self.classifier, nn.Linear):
+            self._drawn_head = self.classifier.weight.detach().cpu().clone()
+
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, *args, save_original_format: bool = False, **kwargs
+    ):
         """
         As [`PreTrainedModel.save_pretrained`], but under the names the modules have (`vit.layers.0.attention.q_proj`).
 
         `Trainer` restores checkpoints without renaming: with the old names it would leave most tensors as they were
-        (https://github.com/huggingface/transformers/issues/48805).
+        (https://github.com/huggingface/transformers/issues/48805). Weights of an earlier save in the other form (one
+        file, or parts) are deleted afterwards.
 
         Raises:
-            ValueError: if `config.attention_flags` or the token merging of the config was edited by hand and no
-                longer describes the model.
+            ValueError: if `config.attention_flags` was edited by hand and no longer describes the model.
         """
-        if [layer.merged_tokens for layer in self.encoder_layers] != self.config.token_merging_schedule():
-            raise ValueError(
-                "The config's `token_merging_r` or `token_merging_start` was edited by hand, which changes nothing in"
-                " the model. Use `set_token_merging`."
-            )
-        flags = [layer.attention is not None for layer in self.encoder_layers]
+        flags = [layer.has_attention for layer in self.encoder_layers]
         if flags != self.config.attention_flags:
             raise ValueError(
                 f"`config.attention_flags` is {self.config.attention_flags}, but attention exists in {flags}."
                 " Use `remove_attention` instead of editing the config."
             )
         module = type(self).__module__.rsplit(".", 1)[-1]
-        self.config.auto_map = {name: f"{module}.{class_name}" for name, class_name in AUTO_CLASSES.items()}
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        self.config.auto_map = {name: f"{module}.{class_name}" for name, class_name in self._auto_classes.items()}
+        super().save_pretrained(
+            save_directory, is_main_process, *args, save_original_format=save_original_format, **kwargs
+        )
+        if is_main_process:
+            remove_other_form(save_directory)
 
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As [`PreTrainedModel.push_to_hub`]; ValueError while lambda is not 1 in a layer that has attention."""

@@ -9,6 +9,8 @@ The class token is the first of A and never merges. Shapes: `(batch, tokens, hid
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), section 3, from its text.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from transformers.utils import logging
 
@@ -26,6 +28,23 @@ PAPER_SETTINGS = {
     "tiny_25_r19": {"removed_layers": [0, 2, 4], "token_merging_r": 19, "token_merging_start": 1},  # 72.35
     "tiny_30_r14": {"removed_layers": [0, 2, 4, 6], "token_merging_r": 14, "token_merging_start": 1},  # 71.7
 }
+
+
+@dataclass
+class TokenFlow:
+    """
+    What the blocks of one forward pass share where tokens get fewer; passed from block to block with the call.
+
+    Args:
+        schedule (`list[int]`): tokens to merge in each block.
+        class_token_from (`int`, *optional*): block from whose attention on only the class token is computed.
+        sizes (`dict[int, torch.Tensor]`): patches that each token stands for, `(batch, tokens, 1)`, before each block;
+            `None` while nothing has merged. Kept for every block: gradient checkpointing computes some a second time.
+    """
+
+    schedule: list[int]
+    class_token_from: int | None = None
+    sizes: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
 
 def most_mergeable(num_tokens: int) -> int:
@@ -79,8 +98,10 @@ def proportional_attention(sizes: torch.Tensor | None, dtype: torch.dtype) -> to
 @torch.no_grad()
 def _match(keys: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices `(batch, n)`: of A, the tokens that merge and those left; of B, the partner of each that merges."""
-    looks = torch.nn.functional.normalize(keys.mean(dim=1).float(), dim=-1)
-    similarity = looks[:, ::2] @ looks[:, 1::2].transpose(1, 2)
+    # Autocast would round the cosines to 8 bits, where near ties decide.
+    with torch.autocast(keys.device.type, enabled=False):
+        directions = torch.nn.functional.normalize(keys.float().mean(dim=1), dim=-1)
+        similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
     best, partner = similarity.max(dim=-1)
     # The class token comes last in order of similarity, so it is always left; and sorted by place, it stays first.
     best = torch.cat([torch.full_like(best[:, :1], -2.0), best[:, 1:]], dim=1)

@@ -86,7 +86,7 @@ class SelectionConfig:
 
     def to_dict(self) -> dict:
         """JSON-serialisable; of a strategy that is a function, its name."""
-        return {**dataclasses.asdict(self), "strategy": self.strategy_name}
+        return {**vars(self), "strategy": self.strategy_name}
 
     @classmethod
     def from_dict(cls, values: dict) -> "SelectionConfig":

@@ -7,7 +7,8 @@ Gaussian is dropped, as in the paper (Lin et al., CVPR 2024, section 3.1, equati
 """
 
 import torch
-import torch.distributed as dist
+
+from .processes import gather, rank_and_num_processes
 
 
 # A channel that never changes carries no information: log(0) would drown every other channel, so sigma stops here.
@@ -56,7 +57,8 @@ class GaussianEntropy:
 
         Args:
             features (`torch.Tensor` of shape `(..., channels)`): e.g. `(batch, tokens, hidden)` or `(batch, classes)`.
-            folds (`torch.Tensor` of shape `(batch,)`, *optional*): which fold each image belongs to; 0 by default.
+            folds (`torch.Tensor` of shape `(batch,)`, *optional*):
+                Which fold each image belongs to, where there are several.
 
         Raises:
             ValueError: if a feature is NaN or infinite.
@@ -69,7 +71,7 @@ class GaussianEntropy:
         if not len(features):
             return
         member = features.new_zeros(len(features), self.num_folds)
-        if folds is None:
+        if folds is None or self.num_folds == 1:
             member[:, 0] = 1
         else:
             member.scatter_(1, folds.to(features.device).repeat_interleave(per_image)[:, None], 1)
@@ -135,14 +137,12 @@ class GaussianEntropy:
 
 def merge_across_processes(estimates: list[GaussianEntropy]) -> None:
     """Merge each estimate with those of all processes of the default group, in rank order; the same on each."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if rank_and_num_processes()[1] == 1:
         return
     names = ("counts", "means", "squared_deviations")
     own = [None if one.counts is None else tuple(getattr(one, name).cpu() for name in names) for one in estimates]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    for position, estimate in enumerate(estimates):
+    for estimate, *parts in zip(estimates, *gather(own), strict=True):
         estimate.counts = estimate.means = estimate.squared_deviations = None
-        for of_process in parts:
-            if of_process[position] is not None:
-                estimate._merge(*of_process[position])
+        for moments in parts:
+            if moments is not None:
+                estimate._merge(*moments)

@@ -1,8 +1,8 @@
 """Forward passes of a model with sets of attention layers masked, so that nothing is computed twice.
 
-Masking a layer leaves every block before it unchanged. So all sets of a request are walked as one tree of decisions,
-block by block, and each shared beginning is computed once per batch. Above the last attention that a set leaves, only
-the class token is computed, if it is all that is measured. Tokens are not merged here.
+Masking a layer leaves every block before it unchanged. So all sets form a prefix tree over the blocks, and each shared
+prefix is computed once per batch. After the last attention layer that is left unmasked, only the class token is
+computed, if it is all that is measured. Tokens are not merged here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ class MaskedForward:
     Memory grows with batch size and depth (one hidden state per open branch of the tree), not with the number of sets.
 
     Args:
-        model ([`LambdaViTPreTrainedModel`]): in eval mode.
+        model ([`LambdaPreTrainedModel`]): in eval mode.
         output (`str`): what is returned: `"class_head"`, `"class_token"` or `"token_mean"`, after the final LayerNorm.
         mask (`str`): a masked layer passes its input on (`"skip"`), or doubles it (`"identity"`).
         reuse_prefixes (`bool`, *optional*, defaults to `True`): `False` computes every set from the image on.
@@ -33,6 +33,8 @@ class MaskedForward:
 
     def __init__(self, model, output: str, mask: str, reuse_prefixes: bool = True):
         self.model, self.output, self.mask, self.reuse_prefixes = model, output, mask, reuse_prefixes
+        reads_class_token_only = model._head_reads_class_token_only if output == "class_head" else True
+        self._measures_class_token_only = output != "token_mean" and reads_class_token_only
         self.blocks = 0
 
     def __call__(
@@ -62,12 +64,12 @@ class MaskedForward:
         layer = self.model.encoder_layers[index]
         # Without attention tokens do not see each other: above the last one only the measured token is computed.
         first_only = (
-            self.reuse_prefixes and self.output != "token_mean" and not self._is_attention_left(index, pending)
+            self.reuse_prefixes and self._measures_class_token_only and not self._is_attention_left(index, pending)
         )
         if is_masked:
             hidden_states = 2 * hidden_states if self.mask == "identity" else hidden_states
         else:
-            hidden_states = layer.mix_tokens(hidden_states, class_token_only=first_only)
+            hidden_states = layer.mix_tokens(hidden_states)
         return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
 
     def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:
@@ -79,4 +81,8 @@ class MaskedForward:
         if self.output == "token_mean":
             return hidden_states.mean(dim=1)
         class_token = hidden_states[:, 0]
-        return self.model.classifier(class_token) if self.output == "class_head" else class_token
+        if self.output == "class_token":
+            return class_token
+        if self._measures_class_token_only:
+            return self.model.classifier(class_token)
+        return self.model.classifier(torch.cat([class_token, hidden_states[:, 1:].mean(dim=1)], dim=1))  # DINOv2's

@@ -2,66 +2,42 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from ..models.folding import residual_scales
-from .calibration import CalibrationBatches, SameImages
+from .calibration import CalibrationBatches
 from .entropy import GaussianEntropy, merge_across_processes
+from .processes import gather
 
 
 class CalibrationPasses:
     """
-    Reads calibration images for a model. With several processes each gets its share, and all get the same results.
+    Runs a model on the calibration images. With several processes each has its share, and all get the same results.
 
     Args:
-        model ([`LambdaViTPreTrainedModel`]): in eval mode.
+        model ([`LambdaPreTrainedModel`]): in eval mode.
         batches ([`CalibrationBatches`]): the images.
-        disable_tqdm (`bool`): no progress bar; there is one on the first process only.
-        autocast_dtype (`torch.dtype`, *optional*): to compute in, under autocast.
+        bar (`tqdm`): moved on by the images of each pass.
+        autocast_dtype (`str`, *optional*): to compute in, under autocast.
     """
 
-    def __init__(
-        self, model, batches: CalibrationBatches, disable_tqdm: bool, autocast_dtype: torch.dtype | None = None
-    ):
-        self.model, self.batches = model, batches
-        self.disable_tqdm, self.autocast_dtype = disable_tqdm, autocast_dtype
-        self._same_images = SameImages(batches.num_folds)
+    def __init__(self, model, batches: CalibrationBatches, bar: tqdm, autocast_dtype: str | None = None):
+        self.model, self.batches, self.bar = model, batches, bar
+        self.autocast_dtype = autocast_dtype and getattr(torch, autocast_dtype)
 
-    def for_each_batch(
-        self,
-        function: Callable[[torch.Tensor, torch.Tensor], None],
-        description: str,
-        folds: Sequence[int] | None = None,
-    ) -> None:
+    def for_each_batch(self, function: Callable[[torch.Tensor, torch.Tensor], None], description: str) -> None:
         """
-        Hand `function` own batches `(batch, channels, height, width)` of some folds, or of all images, on the model's
-        device and in its dtype, with the fold of each image, `(batch,)`. It runs under `autocast_dtype`.
-
-        Raises:
-            ValueError: after the last batch, if the images were not the same as at an earlier reading.
-            RuntimeError: if it failed in another process.
+        Hand `function` own batches `(batch, channels, height, width)` on the model's device and in its dtype, with the
+        fold of each image, `(batch,)`. It runs under `autocast_dtype`.
         """
-        rank, num_processes = rank_and_num_processes()
-        folds = range(self.batches.num_folds) if folds is None else folds
-        share = len(folds) / self.batches.num_folds / num_processes
-        expected = round(self.batches.num_images * share) or None
-        hidden = self.disable_tqdm or rank > 0
-        self._same_images.forget()
-        with (
-            fail_together(description),
-            tqdm(desc=description, total=expected, unit="image", leave=False, disable=hidden) as bar,
-        ):
-            for pixel_values, of_images in self.batches.read(folds, rank, num_processes):
-                self._same_images.add(pixel_values, of_images)
-                with self._autocast():
-                    function(pixel_values.to(self.model.device, self.model.dtype), of_images)
-                bar.update(len(pixel_values))
-        self._same_images.sums = sum_over_processes(self._same_images.sums)
-        self._same_images.check(folds)
+        self.bar.set_description(description)
+        for pixel_values, folds in self.batches:
+            with self._autocast():
+                function(pixel_values.to(self.model.device, self.model.dtype), folds)
+            self.bar.update(len(pixel_values))
 
     def _autocast(self):
         # float64 stays as it is.
@@ -72,16 +48,16 @@ class CalibrationPasses:
     def layer_entropies(self) -> tuple[list[float | None], list[float]]:
         """H, in nats, over images and tokens, of each layer's attention output (`None` without) and MLP output."""
         layers = self.model.encoder_layers
-        attention = [None if layer.attention is None else GaussianEntropy() for layer in layers]
+        attention = [GaussianEntropy() if layer.has_attention else None for layer in layers]
         mlp = [GaussianEntropy() for _ in layers]
 
-        def measure(pixel_values: torch.Tensor, of_images: torch.Tensor) -> None:
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
             hidden_states = self.model.base_model.embeddings(pixel_values)
             for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
                 if of_attention is not None:
-                    of_attention.update(layer.attention(layer.layernorm_before(hidden_states))[0])
+                    of_attention.update(layer.attention_branch(hidden_states))
                 hidden_states = layer.mix_tokens(hidden_states)
-                branch = layer.mlp(layer.layernorm_after(hidden_states))
+                branch = layer.mlp_branch(hidden_states)
                 of_mlp.update(branch)
                 hidden_states = hidden_states + branch
 
@@ -110,7 +86,7 @@ class CalibrationPasses:
         layers = self.model.encoder_layers
         sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
 
-        def measure(pixel_values: torch.Tensor, of_images: torch.Tensor) -> None:
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
             hidden_states = self.model.base_model.embeddings(pixel_values)
             sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
             for index, layer in enumerate(layers):
@@ -120,56 +96,6 @@ class CalibrationPasses:
                 hidden_states = layer.feed_forward(mixed)
 
         self.for_each_batch(measure, "attention influence")
-        sums = sum_over_processes(sums)
+        sums = sum(gather(sums))
         means = (sums[:-1] / sums[-1]).tolist()
-        return [None if layer.attention is None else mean for layer, mean in zip(layers, means, strict=True)]
-
-
-@contextlib.contextmanager
-def fail_together(description: str) -> Iterator[None]:
-    """
-    An error in one process of torch's default group is one in all of them; the others would wait for it forever.
-
-    Raises:
-        RuntimeError: if only another process failed; it names that process and its error.
-    """
-    own_error = None
-    try:
-        yield
-    except Exception as error:
-        own_error = error
-    num_processes = rank_and_num_processes()[1]
-    messages = [None] * num_processes
-    if num_processes > 1:
-        dist.all_gather_object(messages, own_error and f"{type(own_error).__name__}: {own_error}")
-    if own_error is not None:
-        raise own_error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"Process {rank} failed during {description}: {message}")
-
-
-def same_on_every_process(value):
-    """That of the first process: rounding may differ between processes' hardware, what they do next must not."""
-    if rank_and_num_processes()[1] == 1:
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
-def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
-    """Sum over torch's default process group, in rank order: the same on each process."""
-    num_processes = rank_and_num_processes()[1]
-    if num_processes == 1:
-        return numbers
-    parts = [None] * num_processes
-    dist.all_gather_object(parts, numbers)
-    return torch.stack(parts).sum(dim=0)
-
-
-def rank_and_num_processes() -> tuple[int, int]:
-    """Of torch's default process group; `(0, 1)` without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        return [mean if layer.has_attention else None for layer, mean in zip(layers, means, strict=True)]

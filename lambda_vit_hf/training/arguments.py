@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -162,6 +163,16 @@ class LambdaTrainingArguments(TrainingArguments):
     )
     distillation_alpha: float = field(default=0.5, metadata={"help": "Weight of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions."})
+
+    def __post_init__(self):
+        # Before TrainingArguments does: it looks for the library first.
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError(
+                "This program does not work with DeepSpeed, which splits up the model that is removed from: leave"
+                " --deepspeed (or accelerate's --use_deepspeed) out, and use several processes with"
+                " DistributedDataParallel."
+            )
+        super().__post_init__()
 
 
 # What train.py reads, in the order in which `training.run_training` takes it.

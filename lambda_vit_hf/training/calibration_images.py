@@ -1,37 +1,29 @@
-"""The images that a training selects attention layers on: those it is given, or its own."""
+"""The images that a training selects attention layers on, where it is given no others: its own."""
 
-import torch
 from torch.utils.data import DataLoader, Subset
 
 from ..data.sampling import evenly_spaced, fixed_randomness
 
 
-def calibration_images(given, size: int | None, train_dataloader: DataLoader, columns_are_removed: bool = False):
+def images_of_training(train_dataloader: DataLoader, size: int | None, columns_are_removed: bool = False):
     """
-    Images in a form that [`select_attention_layers`] takes.
+    Training images, as training sees them, at a fixed random state, for [`select_attention_layers`].
 
     Args:
-        given (*optional*): calibration images of the user, in any of these forms; `None`: the training images, as
-            training sees them, at a fixed random state.
-        size (`int`, *optional*): how many, evenly spaced, of a dataset.
         train_dataloader (`DataLoader`): of the training images.
+        size (`int`, *optional*): how many, spread over the dataset; `None`: all.
         columns_are_removed (`bool`, *optional*, defaults to `False`): the Trainer's `remove_unused_columns`.
 
     Raises:
         ValueError: on a streamed training set, or one whose images the Trainer has taken out.
     """
-    if given is None:
-        dataset = train_dataloader.dataset
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise ValueError("A streamed training set cannot be sampled: pass `calibration_dataset`.")
-        if columns_are_removed:
-            _check_first(dataset)
-        images = Subset(dataset, evenly_spaced(len(dataset), size))
-        return _SameEveryPass(DataLoader(images, batch_size=64, collate_fn=train_dataloader.collate_fn))
-    is_dataset = hasattr(given, "__getitem__") and hasattr(given, "__len__")
-    if is_dataset and not isinstance(given, (list, torch.Tensor)):
-        return Subset(given, evenly_spaced(len(given), size))
-    return given
+    dataset = train_dataloader.dataset
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError("A streamed training set cannot be sampled: pass `calibration_dataset`.")
+    if columns_are_removed:
+        _check_first(dataset)
+    images = Subset(dataset, evenly_spaced(len(dataset), size))
+    return _SameEveryPass(DataLoader(images, batch_size=64, collate_fn=train_dataloader.collate_fn))
 
 
 def _check_first(dataset) -> None:

@@ -6,7 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
@@ -17,9 +16,10 @@ from ..hub.push import keep_back_private_files
 from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
-from .calibration_images import calibration_images
+from .calibration_images import images_of_training
 from .dilution import DilutionConfig, DilutionSchedule
 from .finishing import tell_how_to_finish
+from .guards import OneModelInAllProcesses, check_model_is_whole
 from .removal import AttentionRemoval
 
 
@@ -30,14 +30,15 @@ _SELECTION_OPTIONS = ("calibration_size", "strategy", "output", "mask", "compare
 _DILUTION_OPTIONS = ("schedule", "hold_share", "granularity", "fold")
 
 
-class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
+class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     """
     Selects attention layers when training starts, lets them fade into the identity, and removes them when it ends.
 
     It forwards the Trainer's events to an [`AttentionRemoval`], which any other training loop can use by itself.
     After `trainer.train()`, `trainer.model` is the removed and folded model, so `trainer.save_model()` and
     `trainer.push_to_hub()` ship the small one. While lambda is above 0 no checkpoint can become the best one: its
-    metric is not that of the removed model. A resumed run takes selection and schedule from its checkpoint.
+    metric is not that of the removed model. A resumed run takes selection and schedule from its checkpoint. Several
+    processes make sure that they train one model ([`OneModelInAllProcesses`]).
 
     The model card is written by a Trainer with [`LambdaViTTrainerMixin`], such as [`LambdaViTTrainer`]. The plain
     `Trainer` pushes its generic card; a push is refused where that would show figures of other weights. A push is
@@ -57,9 +58,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             `schedule`, `hold_share`, `granularity`, `fold`.
 
     Raises:
-        ValueError: on contradictory arguments, at once; on what could not be removed or folded at the end, when the
-            Trainer is built; where a resumed run's settings differ from its checkpoint's, before the first step.
-        RuntimeError: if training ends while lambda is above 0. Nothing is removed then.
+        ValueError: on contradictory arguments, at once; on what could not be removed or folded at the end, and on FSDP
+            and DeepSpeed, when the Trainer is built; where a resumed run's settings differ from its checkpoint's,
+            before the first step.
+        RuntimeError: if training ends while lambda is above 0, or processes differ. Nothing is removed then.
 
     Source: Lin et al., CVPR 2024, section 3; https://github.com/huggingface/transformers/issues/48805 for resuming.
 
@@ -99,6 +101,7 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         }
         if options:
             raise TypeError(f"EntropyGuidedRemovalCallback has no arguments {sorted(options)}.")
+        super().__init__()
         self.removal = AttentionRemoval(**amount, **configs)
         self.calibration_dataset = calibration_dataset
         self.facts: dict = {}  # for the model card, besides what the Trainer's state tells
@@ -123,8 +126,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
         self._check_alone(state)
         if model is not None:
             self.removal.rehearse(model)
+            check_model_is_whole(model, args, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model)
         self.facts = {}
         self._check_alone(state)
         removal = self.removal
@@ -178,12 +183,11 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_train_end(args, state, control, model=model)
         if not self.removal.is_done(model):
             if not self.removal.is_diluting(model):
                 self.facts |= {"size_before": model_size(model), "lambda_schedule": str(self.dilution)}
             self.removal.finish(model, optimizer, state.global_step)
-        if hasattr(model, "newly_initialized_head"):
-            model.newly_initialized_head = False
         self.write_card(args, state, model)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
@@ -239,10 +243,10 @@ class EntropyGuidedRemovalCallback(TrainerCallback, ExportableState):
             )
 
     def _choose(self, args, state, model, train_dataloader) -> None:
-        removal, images = self.removal, None
-        if removal.amount.removed_layers is None:
+        removal, images = self.removal, self.calibration_dataset
+        if images is None and removal.amount.removed_layers is None:
             size = removal.selection_config.calibration_size
-            images = calibration_images(self.calibration_dataset, size, train_dataloader, args.remove_unused_columns)
+            images = images_of_training(train_dataloader, size, args.remove_unused_columns)
         removal.choose(model, images, seed=args.seed if self._takes_seed_of_trainer else None)
         if state.is_world_process_zero:
             self._report_choice(Path(args.output_dir))

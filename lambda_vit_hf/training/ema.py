@@ -13,8 +13,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
-from ..models.blocks import LambdaViTLayer
 from .checkpoints import EMA_FILE
+from .guards import check_model_is_whole, check_weights_agree
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class EmaCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         from timm.utils import ModelEmaV3
 
-        self._check_surroundings(args, state)
+        check_model_is_whole(model, args, self._name)
+        self._check_order(state)
         is_half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
         self.average = ModelEmaV3(
             model, self.decay, exclude_buffers=True, dtype=torch.float32 if is_half else None
@@ -103,9 +104,6 @@ class EmaCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.average.update(model)
-        for mine, theirs in zip(self.average.module.modules(), model.modules(), strict=True):
-            if isinstance(theirs, LambdaViTLayer):
-                mine.attention_state = theirs.attention_state  # follows the lambda that was copied with the buffers
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._prepare_evaluation(args, state, control, model, DefaultFlowCallback().on_step_end)
@@ -159,6 +157,7 @@ class EmaCallback(TrainerCallback, ExportableState):
                 " EntropyGuidedRemovalCallback in the list of callbacks. The checkpoints hold the average"
                 f" ({EMA_FILE})."
             )
+        check_weights_agree(self.average.module, args, "the averaged weights at the end of training")
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             PartialState().wait_for_everyone()  # the main process may still be writing it
             self._read_average(Path(state.best_model_checkpoint), state.best_global_step)
@@ -170,9 +169,7 @@ class EmaCallback(TrainerCallback, ExportableState):
     def _name(self) -> str:
         return type(self).__name__  # under which the Trainer keeps a callback's state
 
-    def _check_surroundings(self, args, state) -> None:
-        if args.fsdp or args.deepspeed:
-            raise ValueError("EmaCallback needs whole weights on each process: train without FSDP and DeepSpeed.")
+    def _check_order(self, state) -> None:
         # In the order of the callbacks; in a resumed run, alphabetical.
         names = list(state.stateful_callbacks)
         removal = "EntropyGuidedRemovalCallback"

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from ..hub.facts import ModelCardFacts, comparison_rows, final_evaluation, hub_base_model, model_size
 from ..hub.model_card import write_model_card
-from ..models.modeling_lambda_vit import LambdaViTForImageClassification, LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.select import AttentionSelection
 from .checkpoints import EMA_FILE
 from .removal import AttentionRemoval
@@ -24,7 +24,7 @@ To write the finished model, without them{folded}:
 """
 
 
-def tell_how_to_finish(checkpoint: Path, removal: AttentionRemoval, model: LambdaViTPreTrainedModel) -> None:
+def tell_how_to_finish(checkpoint: Path, removal: AttentionRemoval, model: LambdaPreTrainedModel) -> None:
     """Write a README.md into the folder of a checkpoint at lambda = 0."""
     if checkpoint.is_dir() and not removal.is_diluting(model):
         folded = " and folded" if removal.dilution_config.fold else ""
@@ -96,7 +96,7 @@ def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool
     return state, run, saved["args"].get("dilution", saved["args"])["fold"]
 
 
-def _load_model(checkpoint: Path) -> LambdaViTPreTrainedModel:
+def _load_model(checkpoint: Path) -> LambdaPreTrainedModel:
     config = AutoConfig.from_pretrained(checkpoint)
     # The Auto class under which the saved class is listed.
     auto = next(name for name, kind in config.auto_map.items() if kind.endswith(f".{config.architectures[0]}"))
@@ -129,5 +129,5 @@ def _facts(output_dir, model, selection, size_before, state, run, metrics) -> Mo
         accuracy=metrics.get("eval_accuracy"),
         base_model=hub_base_model(model.config),
         folded=model.config.fold_removed,
-        is_classifier=isinstance(model, LambdaViTForImageClassification),
+        is_classifier=hasattr(model, "classifier"),
     )

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..data.sampling import fixed_randomness
-from ..models.modeling_lambda_vit import LambdaViTPreTrainedModel
+from ..models.pretrained_model import LambdaPreTrainedModel
+from ..selection.checks import fit_to_model
 from ..selection.config import SelectionConfig
-from ..selection.select import AttentionSelection, check_options, select_attention_layers
+from ..selection.select import AttentionSelection, select_attention_layers
 from .amount import RemovalAmount, rehearse_removal
 from .dilution import DilutionConfig, DilutionSchedule
 
@@ -77,7 +78,6 @@ class AttentionRemoval:
             )
         self.selection: AttentionSelection | None = None
         self.schedule: DilutionSchedule | None = None
-        self._attention_flags: list[bool] | None = None  # of the model that training starts from
         self._lambda: float | None = None  # set last
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
 
@@ -86,16 +86,16 @@ class AttentionRemoval:
         configs = {"selection": self.selection_config.to_dict(), "dilution": self.dilution_config.to_dict()}
         return {**dataclasses.asdict(self.amount), **configs}
 
-    def rehearse(self, model: LambdaViTPreTrainedModel) -> None:
+    def rehearse(self, model: LambdaPreTrainedModel) -> None:
         """ValueError where removal or folding would fail at the end of training; see [`rehearse_removal`]."""
         rehearse_removal(model, self.amount, self.dilution_config.fold)
 
-    def choose(self, model: LambdaViTPreTrainedModel, images=None, seed: int | None = None) -> AttentionSelection:
+    def choose(self, model: LambdaPreTrainedModel, images=None, seed: int | None = None) -> AttentionSelection:
         """
         Choose the layers, by the present weights. In a distributed run every process must call it.
 
         Args:
-            model ([`LambdaViTPreTrainedModel`]): the model to train.
+            model ([`LambdaPreTrainedModel`]): the model to train.
             images (*optional*): to measure on, as [`select_attention_layers`] takes them; not read if the layers are
                 given.
             seed (`int`, *optional*): in place of the one of the selection's configuration.
@@ -108,26 +108,20 @@ class AttentionRemoval:
             model.set_attention_lambda(1.0, self.selection.layers)
         self.rehearse(model)
         config = self.selection_config
-        check_options(model, config.strategy, config.output, config.mask, config.compare)
-        self._attention_flags, self._lambda = list(model.config.attention_flags), None
+        if seed is not None:
+            config = dataclasses.replace(config, seed=seed)
+        fit_to_model(config, model)
+        self._lambda = None
         if self.amount.removed_layers is not None:
-            self.selection = AttentionSelection(
-                list(self.amount.removed_layers), "given", config.output or "none", config.mask, config.compare
-            )
+            self.selection = AttentionSelection(list(self.amount.removed_layers))
             return self.selection
         with fixed_randomness(0):
             self.selection = select_attention_layers(
                 model,
                 images,
-                num_layers=self.amount.num_removed_layers,
-                ratio=self.amount.removal_ratio,
-                strategy=config.strategy,
-                output=_output_to_measure(model, config.output),
-                mask=config.mask,
-                compare=config.compare,
-                batch_size=config.batch_size,
-                seed=config.seed if seed is None else seed,
-                autocast_dtype=config.autocast_dtype and getattr(torch, config.autocast_dtype),
+                num_removed_layers=self.amount.num_removed_layers,
+                removal_ratio=self.amount.removal_ratio,
+                selection=config,
             )
         return self.selection
 
@@ -144,32 +138,32 @@ class AttentionRemoval:
         self.schedule, self._lambda, self._is_restored = schedule, None, False
         return schedule
 
-    def set_lambda(self, model: LambdaViTPreTrainedModel, step: int) -> None:
+    def set_lambda(self, model: LambdaPreTrainedModel, step: int) -> None:
         """Before optimizer step `step` (0 is the first): set lambda of the chosen layers to what is planned."""
         value = self.schedule.at(step)
         if value != self._lambda:
             model.set_attention_lambda(value, self.selection.layers)
             self._lambda = value
 
-    def lambdas(self, model: LambdaViTPreTrainedModel) -> list[float | None]:
+    def lambdas(self, model: LambdaPreTrainedModel) -> list[float | None]:
         """Lambda of each chosen layer; `None` where its attention is removed."""
         everywhere = model.attention_lambdas
         return [everywhere[layer] for layer in self.selection.layers]
 
-    def is_done(self, model: LambdaViTPreTrainedModel) -> bool:
+    def is_done(self, model: LambdaPreTrainedModel) -> bool:
         """Whether the layers are chosen and their attention is removed."""
         return self.selection is not None and set(self.selection.layers) <= set(model.config.removed_layers)
 
-    def is_diluting(self, model: LambdaViTPreTrainedModel) -> bool:
+    def is_diluting(self, model: LambdaPreTrainedModel) -> bool:
         """Whether a chosen layer still has attention with lambda above 0."""
         return self.selection is not None and any(self.lambdas(model))
 
-    def finish(self, model: LambdaViTPreTrainedModel, optimizer=None, step: int | None = None) -> None:
+    def finish(self, model: LambdaPreTrainedModel, optimizer=None, step: int | None = None) -> None:
         """
         Remove the chosen layers' attention, and fold. Does nothing where this was done before.
 
         Args:
-            model ([`LambdaViTPreTrainedModel`]): unwrapped.
+            model ([`LambdaPreTrainedModel`]): unwrapped.
             optimizer (`torch.optim.Optimizer`, *optional*): forgets removed parameters, and the moments of all: they
                 are in the scale before folding. So the model can be trained on.
             step (`int`, *optional*): steps trained, for the message.
@@ -199,7 +193,6 @@ class AttentionRemoval:
             "settings": self.settings(),
             "selection": self.selection and self.selection.to_dict(),
             "dilution": self.schedule and dataclasses.asdict(self.schedule),
-            "attention_flags": self._attention_flags,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -220,7 +213,7 @@ class AttentionRemoval:
             self._check_schedule(now=self.schedule, checkpoint=schedule)
         self.schedule, self._is_restored = schedule, True
         self.selection = AttentionSelection.from_dict(state["selection"])
-        self._attention_flags, self._lambda = state.get("attention_flags"), None
+        self._lambda = None
 
     def _check_schedule(self, now: DilutionSchedule, checkpoint: DilutionSchedule) -> None:
         if now != checkpoint:
@@ -229,22 +222,15 @@ class AttentionRemoval:
                 f" Now: {dataclasses.asdict(now)}; checkpoint: {dataclasses.asdict(checkpoint)}."
             )
 
-    def check_restored(self, model: LambdaViTPreTrainedModel, step: int) -> None:
+    def check_restored(self, model: LambdaPreTrainedModel, step: int) -> None:
         """
-        After a checkpoint was loaded into a model: it must have the checkpoint's layers, with the lambda of its step.
+        After a checkpoint was loaded into a model: lambda must be that of its step.
 
         Raises:
-            ValueError: if the model has other attention layers than the checkpoint.
-            RuntimeError: if the weights were not restored.
+            RuntimeError: if it is not; then the weights were not restored.
         """
         if self.is_done(model):
             return
-        flags = list(model.config.attention_flags)
-        if self._attention_flags not in (None, flags):
-            raise ValueError(
-                f"The checkpoint's model has attention in layers {_where(self._attention_flags)}, this one in"
-                f" {_where(flags)}: load the model from the checkpoint, then resume."
-            )
         restored = self.lambdas(model)
         buffers = [model.encoder_layers[layer].attention_lambda for layer in self.selection.layers]
         value = self.schedule.at(step - 1)
@@ -265,23 +251,6 @@ def forget_removed_parameters(optimizer, model: nn.Module) -> None:
     optimizer.state.clear()
 
 
-def _output_to_measure(model, output: str | None) -> str | None:
-    # A classifier that was not in the checkpoint is random, and so would be a choice by its logits.
-    if not getattr(model, "newly_initialized_head", False) or output not in (None, "class_head"):
-        return output
-    if output == "class_head":
-        raise ValueError(
-            "The classifier is new: entropy of its random logits chooses nothing. Train it first, or use"
-            ' output="class_token" (or "token_mean"), which needs no classifier.'
-        )
-    logger.warning("The classifier is new: layers are chosen by the entropy of the class token, not of the logits.")
-    return "class_token"
-
-
 def _flat(settings: dict) -> dict:
     inner = {name: value for part in ("selection", "dilution") for name, value in settings[part].items()}
     return {**{name: value for name, value in settings.items() if not isinstance(value, dict)}, **inner}
-
-
-def _where(flags: list[bool]) -> list[int]:
-    return [layer for layer, flag in enumerate(flags) if flag]

@@ -90,8 +90,9 @@ def run_training(
     if is_new:
         _train_base(model, model_args, training_args, folder, **common)
 
-    base_accuracy = trainer.evaluate(metric_key_prefix="base")["base_accuracy"]
-    base = copy.deepcopy(model).cpu()
+    base = copy.deepcopy(model)
+    base_accuracy = _evaluate_base(base, training_args, **common)
+    base.cpu()
     if training_args.distillation != "none":
         trainer.distillation = _distillation(base, training_args)
     set_seed(training_args.seed)  # as if there had been no base model to train: a resumed run may find it finished
@@ -233,7 +234,13 @@ def _train_base(
     trainer = _trainer(model, args, [], **common)
     logger.info("Training the base model for %s epochs.", args.num_train_epochs)
     trainer.train(resume_from_checkpoint=str(folder.base_checkpoint) if folder.base_checkpoint else None)
-    model.newly_initialized_head = False
     trainer.save_model()
     PartialState().wait_for_everyone()
     folder.keep_base()
+
+
+def _evaluate_base(base, training_args: LambdaTrainingArguments, **common) -> float:
+    """Top-1 of a copy: accelerate would not wrap a model that was evaluated, and each process would train its own."""
+    args = copy.copy(training_args)
+    args.push_to_hub = False
+    return _trainer(base, args, [], **common).evaluate(metric_key_prefix="base")["base_accuracy"]

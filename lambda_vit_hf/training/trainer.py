@@ -10,6 +10,7 @@ from transformers.trainer_utils import has_length
 from ..data.dataset import AugmentationEpoch
 from ..data.mixing import RepeatedAugmentationSampler
 from ..data.streaming import StreamedImages
+from .guards import OneModelInAllProcesses
 from .losses import ClassificationLoss, DistillationLoss, images_averaged_over
 from .optimization import cosine_schedule, decay_parameter_names
 from .trainer_mixin import LambdaViTTrainer
@@ -28,6 +29,7 @@ class ImageClassificationTrainer(LambdaViTTrainer):
     - Repeated augmentation; the epoch is told to the training images in every process.
     - A streamed training set is read by each process for itself: accelerate would have one process read for all, or
       each read everything.
+    - Several processes make sure that they train one model.
 
     Args:
         train_collator (`Callable`, *optional*): defaults to `data_collator`.
@@ -62,6 +64,7 @@ class ImageClassificationTrainer(LambdaViTTrainer):
             # accelerate tells the epoch in one process; in several, or after resuming, it may not.
             if hasattr(told, "set_epoch"):
                 self.add_callback(AugmentationEpoch(told))
+        self.add_callback(OneModelInAllProcesses())
         self.distillation: DistillationLoss | None = None
         self.compute_loss_func = ClassificationLoss(self.args.label_smoothing_factor)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -38,10 +38,22 @@ class LambdaViTTrainerMixin:
     """
 
     def train(self, *args, **kwargs):
+        before = sum(1 for _ in self.model.parameters())
         output = super().train(*args, **kwargs)
-        if isinstance(self.model_wrapped, DistributedDataParallel):
+        is_smaller = sum(1 for _ in self.model.parameters()) < before
+        if is_smaller and isinstance(self.model_wrapped, DistributedDataParallel):
             self.model_wrapped = self.model  # DDP would wait for gradients of parameters that are gone
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        stored = AutoConfig.from_pretrained(resume_from_checkpoint)
+        mine, theirs = self.model.config.removed_layers, stored.removed_layers
+        if mine != theirs:  # transformers would load what fits, and warn
+            raise ValueError(
+                f"{resume_from_checkpoint} has no attention in layers {theirs}, this model has none in {mine}: load"
+                " the model from the checkpoint, then resume."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -1,4 +1,4 @@
-"""What layers cost and what foretells it: accuracy of masked models, rank correlation, random sets."""
+"""What layers cost and what predicts it: accuracy of masked models, rank correlation, random sets."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks.comparison import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from lambda_vit_hf import LambdaViTForImageClassification
 from tests.numpy_vit import masked_output
 
 
@@ -46,12 +47,19 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert rank_correlation([1, 2, 3], [0, 0, 0]) is None
 
 
+def test_a_model_with_a_new_head_is_refused(model, items, tmp_path):
+    model.base_model.save_pretrained(tmp_path)
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path, num_labels=5)
+    with pytest.raises(ValueError, match="newly initialized"):
+        BaseModel(model, torch.stack([item["pixel_values"] for item in items]), items, seed=0)
+
+
 def test_random_sets_are_distinct_and_repeatable():
     sets = draw_sets([0, 2, 3, 5], 2, 6, seed=0)
     assert len({tuple(one) for one in sets}) == 6
     assert all(one == sorted(set(one)) and set(one) <= {0, 2, 3, 5} and len(one) == 2 for one in sets)
     assert draw_sets([0, 2, 3, 5], 2, 3, seed=1) == draw_sets([0, 2, 3, 5], 2, 3, seed=1)
-    with pytest.raises(ValueError, match="ask for fewer"):
+    with pytest.raises(ValueError, match="no 7 different sets of 2 of 4"):
         draw_sets([0, 2, 3, 5], 2, 7, seed=0)
 
 
@@ -67,22 +75,22 @@ def test_a_base_model_measures_strategies_choices_and_random_sets(model, items):
     assert runs[3]["layers"] == [4, 5]
     assert runs[3]["top1_skip"] == masked_top1(model, items, [[4, 5]])[0]
     assert runs[3]["transfer_entropy"] == pytest.approx(base.select("last", 2).transfer_entropy)
-    choices = base.try_choices([1, 2])
+    choices = base.compare_choices([1, 2])
     by_default = {"output": "class_head", "mask": "skip", "compare": "magnitude"}
     same = [run for run in choices if by_default.items() <= run.items()]
     assert [run["layers"] for run in same] == [run["layers"] for run in runs if run["strategy"] == "nose"]
     assert same[1]["transfer_entropy"] == pytest.approx(runs[2]["transfer_entropy"])
-    tried = base.try_random_sets(2, 10)
-    assert len(tried["correlations"]) == len(OPEN_CHOICES) == 12
-    values = [abs(value) for value in tried["transfer_entropy"]["class_head, skip"]]
-    expected = spearmanr(values, tried["top1_loss"]["skip"]).statistic
-    assert tried["correlations"][0]["with_loss_skip"] == pytest.approx(expected)
+    measured = base.measure_random_sets(2, 10)
+    assert len(measured["correlations"]) == len(OPEN_CHOICES) == 12
+    values = [abs(value) for value in measured["transfer_entropy"]["class_head, skip"]]
+    expected = spearmanr(values, measured["top1_loss"]["skip"]).statistic
+    assert measured["correlations"][0]["with_loss_skip"] == pytest.approx(expected)
 
 
 def test_correlations_are_told_with_and_without_the_layer_that_decides_alone():
     sets = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
     loss = [0.8, 0.7, 0.9, 0.03, 0.02, 0.01]  # layer 0 ruins the model
-    values = [-9.0, -8.0, -7.0, 0.1, 0.2, 0.3]  # the rest is foretold the wrong way round
+    values = [-9.0, -8.0, -7.0, 0.1, 0.2, 0.3]  # the rest is ranked the wrong way round
     rows = correlations(sets, {"skip": loss, "identity": loss}, dict.fromkeys(
         (f"{choice['output']}, {choice['mask']}" for choice in OPEN_CHOICES), values))  # fmt: skip
     magnitude, value = rows[0], rows[1]

@@ -1,7 +1,6 @@
 """`lambda-vit select` and the comparison of selections: what they print and leave behind."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import PIL.Image
@@ -80,94 +79,3 @@ def test_of_several_processes_one_reports_what_all_selected(digits_vit, tmp_path
     select_into(str(tmp_path), digits_vit, rank=2)
     alone = AttentionSelection.load(tmp_path / "2" / "selection.json")
     assert (shared.order, shared.num_images) == (alone.order, 20)
-
-
-def compare(folder: Path, *more: str) -> dict:
-    small = [
-        "--hidden_size", "16", "--num_hidden_layers", "3", "--num_attention_heads", "2", "--intermediate_size", "32",
-        "--base_num_train_epochs", "0.5", "--num_train_epochs", "0.5", "--use_cpu", "true", "--warmup_steps", "0",
-        "--per_device_train_batch_size", "128", "--calibration_size", "32",
-    ]  # fmt: skip
-    recipe = str(SCRIPTS / "recipes" / "digits.yaml")
-    load("compare_selections").main(
-        [recipe, *small, "--num_removed", "1", "--random_sets", "3", "--output_dir", str(folder / "runs"), *more]
-    )
-    return json.loads((folder / "runs.json").read_text())
-
-
-def test_compare_selections_trains_each_set_of_layers_once_from_the_same_base(tmp_path, capsys):
-    chosen = ["--seeds", "0", "1", "--strategies", "nose", "first", "cosine"]
-    results = compare(tmp_path, *chosen)
-    assert [run["layers"] for run in results["runs"] if run["strategy"] == "first"] == [[0], [0]]
-    for seed in (0, 1):
-        of_seed = [run for run in results["runs"] if run["seed"] == seed]
-        assert len({run["top1_before"] for run in of_seed}) == 1, "the strategies started from different models"
-        assert all(
-            run["top1_diluted"] == results["trainings"][f"seed {seed}, layers {run['layers'][0]}"]["top1"]
-            for run in of_seed
-        )
-    chosen_sets = {(run["seed"], *run["layers"]) for run in results["runs"]}
-    assert len(results["trainings"]) == len(chosen_sets) + 2, "each set once, and the whole model once per seed"
-    for seed, control in enumerate(results["controls"]):
-        assert control["top1_diluted"] == results["trainings"][f"seed {seed}, layers none"]["top1"]
-    first = next(row for row in results["table"] if row["strategy"] == "first")
-    values = [run["top1_diluted"] for run in results["runs"] if run["strategy"] == "first"]
-    assert first["top1_diluted"]["mean"] == pytest.approx(sum(values) / 2)
-    assert len(results["choices"]) == 2 * 12
-    assert [tried["seed"] for tried in results["random_sets"]] == [0, 1]
-    printed = capsys.readouterr().out
-    assert "| 1 | first |" in printed
-    assert printed.count("| 1 | class_head | skip | magnitude |") == 2, "one row of choices, one of correlations"
-    for choice in results["choices"]:  # what a strategy chose too was trained
-        training = results["trainings"].get(f"seed {choice['seed']}, layers {choice['layers'][0]}")
-        assert choice.get("top1_diluted") == (training and training["top1"])
-    assert any("top1_diluted" in choice for choice in results["choices"])
-
-
-def test_compare_selections_gives_no_mean_before_every_seed_has_its_figure():
-    runs = [{"num_removed": 1, "strategy": "last", "layers": [2], "top1_before": 0.9} for _ in range(2)]
-    runs[0]["top1_diluted"] = 0.8
-    (row,) = load("compare_selections").tabulate(runs)
-    assert row["top1_before"]["mean"] == pytest.approx(0.9)
-    assert "top1_diluted" not in row
-
-
-def test_compare_selections_goes_on_where_it_was(tmp_path, capsys):
-    chosen = ["--seeds", "0", "--strategies", "first"]
-    results = compare(tmp_path, *chosen)
-    capsys.readouterr()
-
-    again = compare(tmp_path, *chosen)
-    assert "seed 0" not in capsys.readouterr().out.split("| removed")[0], "something was measured again"
-    for name in ("trainings", "controls", "runs", "choices", "random_sets"):
-        assert again[name] == results[name]
-    with pytest.raises(ValueError, match="other settings"):
-        compare(tmp_path, "--seeds", "0", "--strategies", "nose")
-
-    # Stopped half-way, and by a version that knew no controls.
-    half = {**results, "trainings": {"seed 0, layers 0": results["trainings"]["seed 0, layers 0"]}}
-    del half["controls"]
-    (tmp_path / "runs.json").write_text(json.dumps(half))
-    completed = compare(tmp_path, *chosen)
-    printed = capsys.readouterr().out
-    assert "layers none: top-1" in printed and "layers 0: top-1" not in printed
-    assert [control["top1_before"] for control in completed["controls"]] == [results["runs"][0]["top1_before"]]
-    assert completed["trainings"]["seed 0, layers none"]["top1"] == results["trainings"]["seed 0, layers none"]["top1"]
-
-
-def test_compare_selections_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):
-    results = compare(
-        tmp_path,
-        "--seeds",
-        "7",
-        "--strategies",
-        "last",
-        "--base_models",
-        digits_vit,
-        "--num_train_images",
-        "400",
-        "--random_sets",
-        "0",
-    )
-    assert results["runs"][0]["layers"] == [3], "not the four layers of the model given"
-    assert results["settings"]["num_train_images"] == 400

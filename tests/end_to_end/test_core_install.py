@@ -19,7 +19,7 @@ from transformers import pipeline
 answer = pipeline("image-classification", model=sys.argv[1])(PIL.Image.new("RGB", (20, 20)))
 assert len(answer) == 5, answer
 model = lambda_vit_hf.LambdaViTForImageClassification.from_pretrained(sys.argv[1])
-print(lambda_vit_hf.select_attention_layers(model, torch.randn(8, 3, 16, 16), num_layers=1).layers)
+print(lambda_vit_hf.select_attention_layers(model, torch.randn(8, 3, 16, 16), num_removed_layers=1).layers)
 """
 
 

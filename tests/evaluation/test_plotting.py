@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lambda_vit_hf.evaluation import plotting
 from lambda_vit_hf.evaluation.plotting import plot_layer_entropies, plot_pairs, plot_search, plot_training
+from lambda_vit_hf.selection.config import SelectionConfig
 from lambda_vit_hf.selection.select import AttentionSelection, SelectionStep
 
 
@@ -19,10 +20,7 @@ def selection():
     """NOSE picked layer 2, then layer 0, of four; layer 3 had no attention to begin with."""
     return AttentionSelection(
         order=[2, 0],
-        strategy="nose",
-        output="class_head",
-        mask="skip",
-        compare="magnitude",
+        config=SelectionConfig(output="class_head"),
         num_images=32,
         output_entropy=3.0,
         attention_entropy=[0.0, 2.0, 3.0, None],
@@ -128,9 +126,7 @@ def test_axes_have_units(selection, figures, tmp_path):
 @pytest.mark.parametrize("measured", [False, True], ids=["given layers", "measured without a search"])
 def test_a_selection_without_a_search_is_drawn_too(tmp_path, measured):
     entropies = {"attention_entropy": [1.0, 2.0], "mlp_entropy": [1.0, 2.0], "num_images": 8} if measured else {}
-    plot_layer_entropies(
-        AttentionSelection([1], "given", "none", "skip", "magnitude", **entropies), tmp_path / "entropy.png"
-    )
+    plot_layer_entropies(AttentionSelection([1], **entropies), tmp_path / "entropy.png")
     assert_is_a_picture(tmp_path / "entropy.png")
 
 
@@ -165,7 +161,7 @@ def test_pairs_and_interactions_are_drawn_side_by_side(selection, figures, tmp_p
 
 
 def test_what_was_not_measured_cannot_be_drawn(tmp_path):
-    given = AttentionSelection([1], "given", "none", "skip", "magnitude")
+    given = AttentionSelection([1])
     with pytest.raises(ValueError, match="without a search"):
         plot_search(given, tmp_path / "search.png")
     with pytest.raises(ValueError, match="pairs=True"):
@@ -175,7 +171,7 @@ def test_what_was_not_measured_cannot_be_drawn(tmp_path):
 @pytest.mark.parametrize("values", [[[0.0, 0.0]], [[5.0]]], ids=["all zero", "a single value"])
 def test_maps_without_spread_are_drawn(values, tmp_path):
     steps = [SelectionStep([], dict(enumerate(values[0])), 0)]
-    plot_search(AttentionSelection([0], "nose", "class_head", "skip", "magnitude", steps=steps), tmp_path / "s.png")
+    plot_search(AttentionSelection([0], SelectionConfig(output="class_head"), steps=steps), tmp_path / "s.png")
     assert_is_a_picture(tmp_path / "s.png", at_least=(300, 200))
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from lambda_vit_hf.hub.card_sections import BEGIN, END
 from lambda_vit_hf.hub.facts import ModelCardFacts, final_evaluation, hub_base_model
 from lambda_vit_hf.hub.model_card import card_metadata, markdown_table, write_model_card
+from lambda_vit_hf.selection.config import SelectionConfig
 from lambda_vit_hf.selection.select import AttentionSelection, SelectionStep
 from tests.hub_server import metadata_errors
 
@@ -19,10 +20,7 @@ from tests.hub_server import metadata_errors
 def selection():
     return AttentionSelection(
         order=[2, 0],
-        strategy="nose",
-        output="class_head",
-        mask="skip",
-        compare="magnitude",
+        config=SelectionConfig(output="class_head"),
         num_images=48,
         output_entropy=3.0,
         attention_entropy=[1.0, 2.0, 3.0],
@@ -140,7 +138,7 @@ def pipeline_model(text: str):
 
 
 def test_unknown_facts_are_absent(tmp_path):
-    bare = ModelCardFacts("x", {}, AttentionSelection([1], "given", "none", "skip", "magnitude"))
+    bare = ModelCardFacts("x", {}, AttentionSelection([1]))
     metadata, text = parts(tmp_path, bare)
     assert set(metadata) <= {"library_name", "pipeline_tag", "tags", "model_name"}
     for invented in ("None", "Measured on", "![", "nats", "images:", "undefined"):
@@ -160,7 +158,9 @@ def test_an_accuracy_of_zero_is_a_result(facts, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["given", "first", "random"])
 def test_layers_that_entropy_did_not_choose_are_not_said_to_be(facts, tmp_path, strategy):
-    chosen = AttentionSelection([0], strategy, "none", "skip", "magnitude", mlp_entropy=[1.0, 2.0])
+    chosen = AttentionSelection(
+        [0], None if strategy == "given" else SelectionConfig(strategy), mlp_entropy=[1.0, 2.0]
+    )
     _, text = parts(tmp_path, facts(selection=chosen))
     assert f"`{strategy}`" in text
     assert "NOSE" not in text and "Entropy chose" not in text, "the card invents a search"

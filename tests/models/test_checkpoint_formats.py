@@ -69,10 +69,11 @@ def deit_pth(size, folder):
 
 def authors_pth(size, folder, fold):
     removed = REMOVED[size]
-    path = folder / f"{size}_{''.join(map(str, removed))}.pth"
+    path = folder / "base_01346.pth" if removed == [0, 1, 3, 4, 6] else folder / "vit.pth"
+    layers = None if path.name == "base_01346.pth" else removed  # else the file's name says them
     torch.save({"model": timm_vit(size).state_dict(), "args": argparse.Namespace(lr=5e-4)}, path)
     reference = functools.partial(pruned_by_the_authors_formula, timm_vit(size), removed=removed)
-    return convert_checkpoint(path, fold=fold), reference
+    return convert_checkpoint(path, layers, fold=fold), reference
 
 
 FORMATS = {

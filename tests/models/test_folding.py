@@ -1,8 +1,8 @@
+import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
 
-from lambda_vit_hf import LambdaViTConfig
+from lambda_vit_hf import LambdaViTConfig, LambdaViTModel
 from lambda_vit_hf.models.folding import (
     centred_exponent,
     check_layer_indices,
@@ -16,18 +16,21 @@ def test_each_removed_layer_doubles_the_stream_from_its_block_on():
     assert residual_scales([True, False, True, False, False]) == [1, 2, 2, 4, 8]
 
 
-def test_layer_indices_are_sorted():
-    assert check_layer_indices((4, 0, 2), 5) == [0, 2, 4]
+@pytest.mark.parametrize("layers", [(4, 0, 2), {0, 2, 4}, range(0, 5, 2), np.array([4, 0, 2]), [np.int64(2), 0, 4]])
+def test_layer_indices_are_sorted_and_plain_integers(layers):
+    found = check_layer_indices(layers, 5)
+    assert found == [0, 2, 4] and all(type(index) is int for index in found)
 
 
-@pytest.mark.parametrize("layers", [[5], [-1], [1, 1], ["1"], [True], "12", 1, None])
+@pytest.mark.parametrize("layers", [[5], [-1], [1, 1], ["1"], [True], [1.0], [np.bool_(True)], "12", 1, None])
 def test_what_is_no_set_of_layers_is_refused(layers):
     with pytest.raises(ValueError):
         check_layer_indices(layers, 5)
 
 
 def test_folding_divides_what_adds_to_the_stream_and_nothing_else():
-    model = ViTModel(ViTConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16, num_hidden_layers=3))
+    shape = dict(hidden_size=8, num_attention_heads=2, intermediate_size=16, num_hidden_layers=3)
+    model = LambdaViTModel(LambdaViTConfig(**shape))
     before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in model.layers]
     embeddings = {name: value.clone() for name, value in model.embeddings.state_dict().items()}
     fold_encoder_(model.embeddings, model.layers, [0.5, 1, 4], exponent=1)

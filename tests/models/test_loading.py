@@ -1,5 +1,6 @@
 """Loading: exact, or an error that says why."""
 
+import copy
 import json
 import os
 import pickle
@@ -13,9 +14,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from lambda_vit_hf import (
-    LambdaViTForImageClassification,
-)
+from lambda_vit_hf import LambdaViTForImageClassification, LambdaViTModel
 from tests.conftest import REMOVED
 
 
@@ -148,3 +147,23 @@ def test_a_hostile_pickle_is_refused_and_not_run(vit_folder, tmp_path, monkeypat
     with pytest.raises(pickle.UnpicklingError):
         LambdaViTForImageClassification.from_pretrained(vit_folder)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("num_labels", [2, 5, 7])
+def test_a_head_that_was_drawn_at_random_is_known_until_it_is_trained(vit_folder, tmp_path, num_labels):
+    LambdaViTModel.from_pretrained(vit_folder).save_pretrained(tmp_path / "headless")
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path / "headless", num_labels=num_labels)
+    assert model.newly_initialized_head
+    assert copy.deepcopy(model).newly_initialized_head
+    assert copy.deepcopy(model).to(torch.bfloat16).newly_initialized_head
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    model(torch.randn(2, 3, 16, 16)).logits.square().sum().backward()
+    optimizer.step()
+    assert not model.newly_initialized_head
+
+
+def test_a_head_of_the_checkpoint_is_not_new_and_one_of_other_classes_is(vit_folder):
+    assert not LambdaViTForImageClassification.from_pretrained(vit_folder).newly_initialized_head
+    other = LambdaViTForImageClassification.from_pretrained(vit_folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert other.newly_initialized_head
+    assert not LambdaViTModel.from_pretrained(vit_folder).newly_initialized_head

@@ -34,7 +34,7 @@ def logits(model, pixel_values):
 def with_visible_epsilon(model):
     """ViT's own LayerNorm epsilon, 1e-12, is so small that no logit shows whether folding scaled it."""
     model.config.layer_norm_eps = 0.01
-    model._follow_config()
+    model._set_epsilons()
     return model
 
 
@@ -183,7 +183,10 @@ def test_a_folded_model_keeps_the_range_of_float16_that_doubling_leaves(pixel_va
     assert not torch.isfinite(logits(doubling, pixel_values.half())).all()
     model.fold_removed_attention()
     folded = model.half()
-    streams = folded(pixel_values.half(), output_hidden_states=True).hidden_states
+    streams = []
+    for layer in folded.encoder_layers:
+        layer.register_forward_hook(lambda *call: streams.append(call[-1]))
+    logits(folded, pixel_values.half())
     assert max(stream.abs().max() for stream in streams) < 2.0**10
     # Half a unit in the last place of float16 is 2**-11 of a value; some 50 roundings stand between image and logits.
     torch.testing.assert_close(logits(folded, pixel_values.half()).float(), expected, rtol=0, atol=5e-3)
@@ -410,3 +413,15 @@ def test_layers_are_transformers_own_modules_where_nothing_differs(model):
     # Tools that look for ViT's modules (PEFT target_modules, quantisation) find them under ViT's names.
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "classifier"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_of_a_folded_model_are_those_of_the_unfolded_one(model, pixel_values, dtype):
+    model, pixel_values = with_visible_epsilon(model).to(dtype), pixel_values.to(dtype)
+    model.remove_attention(REMOVED)
+    expected = model(pixel_values, output_hidden_states=True).hidden_states
+    model.fold_removed_attention()
+    found = model(pixel_values, output_hidden_states=True).hidden_states
+    assert len(found) == 7
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert torch.equal(model(pixel_values, output_hidden_states=True, return_dict=False)[1][3], expected[3])

@@ -17,6 +17,7 @@ from lambda_vit_hf import (
 )
 from lambda_vit_hf.models.token_merging import (
     PAPER_SETTINGS,
+    TokenFlow,
     logger,
     merge_tokens,
     most_mergeable,
@@ -100,11 +101,11 @@ def test_equal_tokens_merge_without_loss(merging):
     generator = torch.Generator().manual_seed(4)
     class_token, patch = torch.randn(2, 1, 32, generator=generator), torch.randn(2, 1, 32, generator=generator)
     whole = merged = torch.cat([class_token, patch.expand(-1, 16, -1)], dim=1)
-    sizes = None
+    flow = TokenFlow(merging.config.token_merging_schedule())
     with torch.no_grad():
         for layer in merging.encoder_layers:
             whole = layer(whole)
-            merged, sizes = layer(merged, keep_sizes=True, token_sizes=sizes)
+            merged = layer(merged, token_flow=flow)
     assert merged.shape[1] == 11
     torch.testing.assert_close(merged, whole[:, :11], rtol=0, atol=1e-6)
 
@@ -226,9 +227,9 @@ def test_it_compiles_and_exports(merging, pixel_values):
 
 
 def test_layers_are_selected_on_the_unmerged_model(removed, pixel_values):
-    expected = select_attention_layers(removed, pixel_values, num_layers=1)
+    expected = select_attention_layers(removed, pixel_values, num_removed_layers=1)
     removed.set_token_merging(4)
-    assert select_attention_layers(removed, pixel_values, num_layers=1).steps == expected.steps
+    assert select_attention_layers(removed, pixel_values, num_removed_layers=1).steps == expected.steps
 
 
 def test_the_papers_settings_are_arguments_of_from_pretrained(vit_folder):
@@ -298,7 +299,46 @@ def test_the_bare_model_gives_the_tokens_that_are_left(merging, pixel_values, tm
     assert output.last_hidden_state.shape == (3, 11, 32)
 
 
-def test_merging_edited_into_the_config_by_hand_is_not_saved(model, tmp_path):
+def test_merging_edited_into_the_config_acts_at_once_and_is_saved(model, pixel_values, tmp_path):
     model.config.token_merging_r = 2
-    with pytest.raises(ValueError, match="set_token_merging"):
-        model.save_pretrained(tmp_path)
+    hidden_states = model.vit(pixel_values).last_hidden_state
+    assert hidden_states.shape[1] == 17 - 6 * 2
+    model.save_pretrained(tmp_path)
+    again = LambdaViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(again.vit(pixel_values).last_hidden_state, hidden_states)
+
+
+@pytest.mark.parametrize(("r", "start"), [(2, 0), (2, 1), (1, 3), ([0, 1, 2, 1, 2, 1], 0)])
+@pytest.mark.parametrize("gone", [[0], [0, 1], [2, 4]])
+def test_merging_is_the_same_before_and_after_a_layer_is_removed(model, pixel_values, r, start, gone):
+    model.set_token_merging(r, start=start)
+    model.set_attention_lambda(0.0, gone)
+    with torch.no_grad():
+        before = model(pixel_values).logits
+        model.remove_attention(gone)
+        assert torch.equal(model(pixel_values).logits, before)
+        model.fold_removed_attention()
+        assert torch.equal(model(pixel_values).logits, before)
+
+
+def test_a_layer_that_fades_counts_as_gone_in_the_schedule(model, pixel_values):
+    model.set_token_merging(6, start=1)
+    model.set_attention_lambda(0.5, [0, 1])
+    sizes = []
+    for layer in model.encoder_layers:
+        layer.register_forward_hook(lambda *call: sizes.append(call[-1].shape[1]))
+    model(pixel_values)
+    assert sizes == [17, 17, 17, 11, 6, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_change_which_tokens_are_alike(dtype):
+    # Cosines that differ in the third digit: in eight bits the best partner would be lost.
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 1, 1, 64, generator=generator)
+    keys = common + 0.08 * torch.randn(1, 1, 33, 64, generator=generator)
+    hidden_states = torch.randn(1, 33, 8, generator=generator)
+    expected, _ = merge_tokens(hidden_states, None, keys, 8)
+    with torch.autocast("cpu", dtype):
+        found, _ = merge_tokens(hidden_states, None, keys, 8)
+    assert torch.equal(found, expected)

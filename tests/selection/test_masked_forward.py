@@ -1,11 +1,15 @@
-"""Masked forward passes: the right outputs, each shared beginning computed once, and counted."""
+"""Masked forward passes: the right outputs, each shared prefix computed once, and counted."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 
+from lambda_vit_hf.models.configuration_lambda_dinov2 import LambdaDinov2Config
+from lambda_vit_hf.models.modeling_lambda_dinov2 import LambdaDinov2ForImageClassification
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
+from tests.conftest import TINY, perturb
 from tests.numpy_vit import masked_output
 
 
@@ -37,6 +41,18 @@ def test_layers_removed_before_stay_removed(model, pixel_values):
 
 
 @torch.no_grad()
+def test_a_head_that_reads_patch_tokens_too_gets_them(pixel_values):
+    model = perturb(LambdaDinov2ForImageClassification(LambdaDinov2Config(**TINY)))
+    sets = [[], [5], [3, 4, 5], [0, 1, 2, 3, 4]]
+    forward = MaskedForward(model, "class_head", "identity")
+    found = {position: scores for positions, scores in forward(pixel_values, sets) for position in positions}
+    for position, layers in enumerate(sets):
+        removed = copy.deepcopy(model)
+        removed.remove_attention(layers)
+        torch.testing.assert_close(found[position], removed(pixel_values).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("sets", "blocks"),
     [
@@ -49,7 +65,7 @@ def test_layers_removed_before_stay_removed(model, pixel_values):
     ],
     ids=str,
 )
-def test_each_shared_beginning_is_computed_once(model, pixel_values, sets, blocks):
+def test_each_shared_prefix_is_computed_once(model, pixel_values, sets, blocks):
     computed = []
     for layer in model.encoder_layers:
         layer.mlp.register_forward_hook(lambda module, args, output: computed.append(len(output)))

@@ -8,6 +8,7 @@ import yaml
 from lambda_vit_hf.training.arguments import (
     PROGRAM_ARGUMENTS,
     DataArguments,
+    LambdaTrainingArguments,
     ModelArguments,
     RemovalArguments,
     parse_arguments,
@@ -208,3 +209,14 @@ def test_help_lists_every_field(capsys):
     shown = capsys.readouterr().out
     names = [name for kind in PROGRAM_ARGUMENTS for name in kind.__dataclass_fields__]
     assert [name for name in names if f"--{name}" not in shown] == []
+
+
+def test_deepspeed_is_refused_on_the_command_line(tmp_path):
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
+        parse_arguments(["--output_dir", str(tmp_path), "--deepspeed", "zero2.json"], [LambdaTrainingArguments])
+
+
+def test_deepspeed_is_refused_when_the_launcher_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
+        parse_arguments(["--output_dir", str(tmp_path)], [LambdaTrainingArguments])

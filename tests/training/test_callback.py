@@ -1,15 +1,19 @@
 import copy
 import json
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from lambda_vit_hf import (
+    DilutionConfig,
     EntropyGuidedRemovalCallback,
     LambdaViTConfig,
     LambdaViTForImageClassification,
+    LambdaViTTrainer,
+    SelectionConfig,
 )
 from lambda_vit_hf.data.dataset import AugmentationEpoch
 from tests.conftest import TINY, in_two_processes
@@ -73,7 +77,7 @@ def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     from lambda_vit_hf import select_attention_layers
 
     images = torch.stack([Blobs()[index * 48 // 20]["pixel_values"] for index in range(20)])
-    assert callback.selection.order == select_attention_layers(before, images, num_layers=3).order
+    assert callback.selection.order == select_attention_layers(before, images, num_removed_layers=3).order
     assert callback.selection.num_images == 20
 
 
@@ -314,6 +318,155 @@ def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
     trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[2, 3], fold=False)])
     with pytest.raises(ValueError, match=r"'removed_layers': \(\[1\], \[2, 3\]\).*'fold'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# One Trainer, one callback, and training that goes on after it.
+
+
+def test_a_second_removal_callback_is_refused_when_the_trainer_is_built(model, tmp_path):
+    callbacks = [EntropyGuidedRemovalCallback(removed_layers=[1]), EntropyGuidedRemovalCallback(removed_layers=[2])]
+    with pytest.raises(ValueError, match="more than one EntropyGuidedRemovalCallback"):
+        make_trainer(model, tmp_path, callbacks)
+
+
+def test_a_second_removal_callback_that_is_added_later_is_refused_before_the_first_step(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1])])
+    trainer.add_callback(EntropyGuidedRemovalCallback(removed_layers=[2]))
+    with pytest.raises(ValueError, match="more than one EntropyGuidedRemovalCallback"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class OutOfMemoryOnce(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+
+def test_a_restart_with_a_smaller_batch_begins_at_lambda_1(model, tmp_path):
+    recorder = Recorder()
+    callbacks = [EntropyGuidedRemovalCallback(num_removed_layers=2), OutOfMemoryOnce(5), recorder]
+    trainer = make_trainer(model, tmp_path, callbacks, auto_find_batch_size=True)
+    trainer.train()
+    layer = model.config.removed_layers[0]
+    assert trainer._train_batch_size < 8, "there was no restart"
+    assert [lambdas[layer] for lambdas in recorder.lambdas[-12:]] == pytest.approx(
+        [max(0.0, 1 - step / 8) for step in range(12)]
+    )
+    assert len(model.config.removed_layers) == 2
+
+
+@pytest.mark.parametrize("kind", [Trainer, LambdaViTTrainer])
+def test_gradual_removal_with_one_trainer_and_its_checkpoints_can_be_resumed(model, tmp_path, kind):
+    arguments = dict(save_strategy="steps", save_steps=4, kind=kind)
+    first, second = (EntropyGuidedRemovalCallback(num_removed_layers=2) for _ in range(2))
+    trainer = make_trainer(model, tmp_path, [first], **arguments)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "two"))
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "two")
+    trainer.remove_callback(first)
+    trainer.add_callback(second)
+    trainer.train()
+    held = {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert held == {id(one) for one in model.parameters()}
+    assert len(model.config.removed_layers) == 4
+    assert set(first.selection.layers).isdisjoint(second.selection.layers)
+    # The same as with a Trainer of its own, and after resuming.
+    fresh = copy.deepcopy(start)
+    make_trainer(fresh, tmp_path / "fresh", [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments).train()
+    resumed = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, expected in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), f"{name} differs in the second training"
+        assert torch.equal(start.state_dict()[name], expected), f"{name} differs after resuming"
+
+
+def test_training_on_after_removal_can_be_resumed(model, tmp_path):
+    arguments = dict(save_strategy="steps", save_steps=4)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    trainer.train()
+    trainer.args.max_steps = 16
+    trainer.train()
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "checkpoint-12")
+    assert len(start.config.removed_layers) == 2
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    resumed = make_trainer(start, tmp_path, [callback], **{**arguments, "max_steps": 16})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_resuming_a_second_removal_into_a_model_before_the_first_is_refused(model, tmp_path):
+    whole = copy.deepcopy(model)
+    model.remove_attention([0, 1])
+    settings = dict(save_strategy="steps", save_steps=4, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=r"no attention in layers \[0, 1\].*load the model from the checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# What is said.
+
+
+def test_the_choice_is_one_line_at_the_default_log_level_with_its_picture(model, tmp_path, caplog):
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    make_trainer(model, tmp_path, [callback]).train()
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("lambda_vit_hf.training")]
+    assert f"attention of layers {callback.selection.layers}" in line
+    assert "of the resamples" in line and "step 8 of 12" in line
+    picture = tmp_path / "entropy.png"
+    assert str(picture) in line and picture.stat().st_size > 0
+
+
+def test_old_names_go_on_working_with_a_warning_that_points_here():
+    with pytest.warns(FutureWarning, match="removed_layers") as caught:
+        callback = EntropyGuidedRemovalCallback(layers=[3, 1])
+    assert callback.removal.amount.removed_layers == [1, 3]
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match="num_removed_layers"):
+        assert EntropyGuidedRemovalCallback(num_layers=2).removal.amount.num_removed_layers == 2
+
+
+def test_options_can_be_given_as_configurations(model, tmp_path):
+    callback = EntropyGuidedRemovalCallback(
+        num_removed_layers=2, selection=SelectionConfig(strategy="last"), dilution=DilutionConfig(fold=False)
+    )
+    make_trainer(model, tmp_path, [callback]).train()
+    assert model.config.removed_layers == [4, 5] and not model.config.fold_removed
+    with pytest.raises(ValueError, match="SelectionConfig, not beside it"):
+        EntropyGuidedRemovalCallback(num_removed_layers=2, selection=SelectionConfig(), mask="skip")
+    with pytest.raises(TypeError, match="no arguments"):
+        EntropyGuidedRemovalCallback(num_removed_layers=2, holdshare=0.5)
+
+
+def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=4)
+    start = copy.deepcopy(model)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["EntropyGuidedRemovalCallback"]
+    saved["args"] = {
+        "removal_ratio": None, "num_layers": 2, "layers": None, "calibration_size": 512, "strategy": "nose",
+        "output": None, "mask": "skip", "compare": "magnitude", "schedule": "linear", "hold_share": 0.25,
+        "granularity": "step", "fold": True,
+    }  # fmt: skip
+    path.write_text(json.dumps(state))
+    trainer = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_images_that_the_trainer_takes_out_are_named(model, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [[0.0]] * 8, "labels": [0] * 8})
+    rows = rows.with_transform(lambda batch: {"pixel_values": batch["image"], "labels": batch["labels"]})
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], rows)
+    with pytest.raises(ValueError, match=r"'image'.*remove_unused_columns=False"):
+        trainer.train()
 
 
 # Bad input: before training starts.

@@ -1,0 +1,207 @@
+"""Compare ways of choosing layers: same base models, same training, several seeds; print tables, save the figures.
+
+    python -m benchmarks.compare_selections trainer_scripts/recipes/digits.yaml --num_train_epochs 8
+    python -m benchmarks.compare_selections trainer_scripts/recipes/digits.yaml --seeds 0 1 --num_removed 3 6 \
+        --strategies nose last --random_sets 0 --output_dir outputs/quick
+    python -m benchmarks.compare_selections trainer_scripts/recipes/fashion_mnist.yaml --dataset_dir DIR \
+        --base_models BASE0 BASE1 BASE2 --num_train_images 10000 --num_removed 3 6 \
+        --strategies nose cosine first last random --output_dir outputs/fashion_mnist_comparison
+
+For each seed: a base model, trained by the recipe or given; every strategy at every number of removed layers, with its
+transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once; the
+whole model too, for as long: the control); what NOSE picks with each output, mask and comparison; and random sets, for
+the correlation of transfer entropy with the loss of accuracy. Other options override fields of the recipe.
+
+Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+STRATEGIES = ["nose", "exhaustive", "beam", "lowest_entropy", "cosine", "first", "last", "random"]
+CHOICE = ("output", "mask", "compare")
+MEASURED = {
+    "transfer_entropy": "TE (nats)",
+    "top1_before": "top-1 before (%)",
+    "top1_skip": "skipped (%)",
+    "top1_identity": "doubled (%)",
+    "top1_diluted": "diluted (%)",
+}
+
+
+def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--num_removed", type=int, nargs="+", default=[3, 4, 5, 6])
+    parser.add_argument("--base_models", nargs="+", help="a trained model per seed; without it the recipe trains them")
+    parser.add_argument("--num_train_images", type=int, help="train on this many, evenly spaced; all by default")
+    parser.add_argument("--random_sets", type=int, default=48, help="per seed, of the least and most layers; 0: none")
+    parser.add_argument("--train_choices", action="store_true", help="dilute what NOSE picks with each choice, too")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
+    options, overrides = parser.parse_known_args(argv)
+    if options.base_models and len(options.base_models) != len(options.seeds):
+        parser.error(f"--base_models: one per seed, {len(options.seeds)}, not {len(options.base_models)}")
+    return options, overrides
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, overrides = read_command_line(argv)
+
+    from benchmarks.comparison import Experiment
+    from lambda_vit_hf.evaluation.throughput import describe_environment
+
+    path = options.output_dir.with_suffix(".json")
+    settings = {
+        "recipe": Path(options.recipe).name, "overrides": overrides, "seeds": options.seeds,
+        "strategies": options.strategies, "num_removed": options.num_removed,
+        "num_train_images": options.num_train_images, "num_random_sets": options.random_sets,
+        "train_choices": options.train_choices, "base_models": options.base_models,
+    }  # fmt: skip
+    results = open_results(path, settings)
+    experiment = Experiment(options.recipe, overrides, options.output_dir, options.num_train_images)
+    checkpoints = dict(zip(options.seeds, options.base_models or [None] * len(options.seeds), strict=True))
+    results |= {
+        "command": shlex.join(["python", "-m", "benchmarks.compare_selections", *(argv or sys.argv[1:])]),
+        "environment": describe_environment(experiment.training_args.device),
+        "num_validation_images": len(experiment.splits["validation"]),
+    }
+
+    def save() -> None:
+        controls = [run | {"num_removed": 0, "strategy": "control"} for run in results["controls"]]
+        results["table"] = tabulate([*controls, *results["runs"]], ("strategy",))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for seed in options.seeds:
+        if seed not in {run["seed"] for run in results["runs"]}:
+            measure(results, options, experiment.base_model(seed, checkpoints[seed]))
+            save()
+    train(results, options, experiment, checkpoints, save)
+    print_tables(results)
+    print(f"\nFigures in {path}")
+
+
+def open_results(path: Path, settings: dict) -> dict:
+    """What an interrupted run of the same settings has measured, or nothing yet."""
+    results = {"settings": settings, "trainings": {}, "runs": [], "choices": [], "random_sets": [], "controls": []}
+    if not path.is_file():
+        return results
+    results |= json.loads(path.read_text(encoding="utf-8"))
+    results["settings"].setdefault("base_models", None)
+    if results["settings"] != settings:
+        changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
+                   if results["settings"].get(name) != value}  # fmt: skip
+        raise ValueError(f"{path} holds figures of other settings (then, now): {changed}. Give another --output_dir.")
+    return results
+
+
+def measure(results: dict, options: argparse.Namespace, base) -> None:
+    """All of a base model that needs no training."""
+    print(f"seed {base.seed}: strategies, choices, random sets", flush=True)
+    runs = base.compare_strategies(options.strategies, options.num_removed)
+    choices = base.compare_choices(options.num_removed)
+    numbers = sorted({min(options.num_removed), max(options.num_removed)}) if options.random_sets else []
+    random_sets = [base.measure_random_sets(number, options.random_sets) for number in numbers]
+    results["runs"] += runs
+    results["choices"] += choices
+    results["random_sets"] += random_sets
+
+
+def train(results: dict, options: argparse.Namespace, experiment, checkpoints: dict, save: Callable[[], None]) -> None:
+    """Dilution of every set of layers that was chosen, each once per seed; and of none, to compare with."""
+    before = {run["seed"]: run["top1_before"] for run in results["runs"]}
+    results["controls"] = [{"seed": seed, "layers": [], "top1_before": before[seed]} for seed in options.seeds]
+    runs = [*results["controls"], *results["runs"]]
+    if options.train_choices:
+        runs += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
+    for number, run in enumerate(runs, 1):
+        key = name_training(run)
+        if key not in results["trainings"]:
+            start = time.monotonic()
+            top1 = experiment.dilute(run["layers"], run["seed"], checkpoints[run["seed"]])
+            results["trainings"][key] = {"top1": top1, "seconds": round(time.monotonic() - start, 1)}
+            print(f"{number} of {len(runs)}: {key}: top-1 {top1:.4f}", flush=True)
+        run["top1_diluted"] = results["trainings"][key]["top1"]
+        save()
+    for run in results["choices"]:
+        if name_training(run) in results["trainings"]:  # a strategy chose the same layers
+            run["top1_diluted"] = results["trainings"][name_training(run)]["top1"]
+    save()
+
+
+def name_training(run: dict) -> str:
+    return f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
+
+
+def tabulate(runs: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """Mean and standard deviation over seeds of what every seed has, by number of removed layers and `keys`."""
+    keys = ("num_removed", *keys)
+    groups: dict[tuple, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    rows = []
+    for group, same in groups.items():
+        row = {**dict(zip(keys, group, strict=True)), "layers": [run["layers"] for run in same]}
+        for name in MEASURED:
+            values = [run[name] for run in same if name in run]
+            if len(values) == len(same):
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[name] = {"mean": statistics.mean(values), "deviation": deviation}
+        rows.append(row)
+    return rows
+
+
+def print_tables(results: dict) -> None:
+    print_rows(results["table"], ("strategy",), MEASURED)
+    choices = tabulate(results["choices"], CHOICE)
+    print_rows(choices, CHOICE, {name: title for name, title in MEASURED.items() if name != "top1_before"})
+    if results["random_sets"]:
+        print_correlations(results["random_sets"])
+
+
+def print_rows(rows: list[dict], keys: tuple[str, ...], measured: dict[str, str]) -> None:
+    from lambda_vit_hf.evaluation.throughput import markdown_table
+
+    def cell(row: dict, name: str) -> str:
+        if name not in row:
+            return ""
+        scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
+        return f"{scale * row[name]['mean']:.{digits}f} ± {scale * row[name]['deviation']:.{digits}f}"
+
+    cells = [
+        [row["num_removed"], *(row[key] for key in keys), *(cell(row, name) for name in measured),
+         "; ".join(" ".join(map(str, chosen)) or "none" for chosen in row["layers"])]
+        for row in rows
+    ]  # fmt: skip
+    print(f"\n{markdown_table(['removed', *keys, *measured.values(), 'layers'], cells)}")
+
+
+def print_correlations(random_sets: list[dict]) -> None:
+    """Rank correlation of TE with the loss of top-1 over random sets, doubled: mean over seeds (least to most)."""
+    from lambda_vit_hf.evaluation.throughput import markdown_table
+
+    rows = []
+    for number in sorted({measured["num_removed"] for measured in random_sets}):
+        of_seeds = [measured["correlations"] for measured in random_sets if measured["num_removed"] == number]
+        for same in zip(*of_seeds, strict=True):
+            row = [number, *(same[0][name] for name in CHOICE)]
+            for name in ("with_loss_identity", "with_loss_identity_without_worst"):
+                known = [one[name] for one in same if one[name] is not None]
+                row.append(f"{statistics.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "")
+            rows.append(row)
+    print(f"\n{markdown_table(['removed', *CHOICE, 'all sets', 'without the layer that costs most'], rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Each strategy takes the layers that it says."""
+
+import functools
+import itertools
+import json
+import random
+
+import pytest
+import torch
+
+from lambda_vit_hf import select_attention_layers
+from lambda_vit_hf.selection import strategies
+from lambda_vit_hf.selection.select import AttentionSelection
+from lambda_vit_hf.selection.strategies import beam
+
+
+def test_first_last_and_random(model, images):
+    assert select_attention_layers(model, images, num_removed_layers=2, strategy="first").layers == [0, 1]
+    assert select_attention_layers(model, images, num_removed_layers=2, strategy="last").layers == [4, 5]
+    drawn = select_attention_layers(model, images, num_removed_layers=3, strategy="random", seed=5).order
+    assert drawn == random.Random(5).sample(range(6), 3)
+
+
+def test_exhaustive_search_finds_the_least_of_all_sets(model, images):
+    sets = list(itertools.combinations(range(6), 3))
+    values = {}
+
+    def measure_all(search):
+        values.update(zip(sets, search.transfer_entropy(sets), strict=True))
+        return [0, 1, 2]
+
+    select_attention_layers(model, images, num_removed_layers=3, strategy=measure_all)
+    best = min(sets, key=lambda chosen: abs(values[chosen]))
+    selection = select_attention_layers(model, images, num_removed_layers=3, strategy="exhaustive")
+    assert selection.layers == list(best)
+    assert selection.transfer_entropy == pytest.approx(values[best])
+
+
+def test_too_many_sets_for_an_exhaustive_search_are_refused(images, monkeypatch, model):
+    monkeypatch.setattr(strategies, "MOST_SETS", 19)
+    with pytest.raises(ValueError, match="20 sets are too many"):
+        select_attention_layers(model, images, num_removed_layers=3, strategy="exhaustive")
+
+
+def test_a_beam_of_one_is_nose_and_a_full_beam_is_exhaustive(model, images):
+    narrow, nose = (
+        select_attention_layers(model, images, num_removed_layers=3, strategy=s) for s in (beam(1), "nose")
+    )
+    assert narrow.order == nose.order
+    full = select_attention_layers(model, images, num_removed_layers=3, strategy=beam(99))
+    exhaustive = select_attention_layers(model, images, num_removed_layers=3, strategy="exhaustive")
+    assert full.layers == exhaustive.layers
+    middle = select_attention_layers(model, images, num_removed_layers=3, strategy="beam")
+    for other in (middle, nose):
+        assert abs(exhaustive.transfer_entropy) <= abs(other.transfer_entropy) * (1 + 1e-9)  # rounding of sums
+
+
+def test_lowest_entropy_sorts_by_the_attentions_own_entropy(model, images):
+    selection = select_attention_layers(model, images, num_removed_layers=2, strategy="lowest_entropy")
+    assert selection.order == sorted(range(6), key=lambda layer: selection.attention_entropy[layer])[:2]
+
+
+def test_cosine_takes_the_layers_that_turn_the_stream_least(model, images):
+    streams = []
+    for layer in model.encoder_layers:
+        layer.register_forward_pre_hook(lambda module, args: streams.append((args[0], module.mix_tokens(args[0]))))
+    with torch.no_grad():
+        model(images)
+    influence = [(1 - torch.cosine_similarity(x, mixed, dim=-1)).mean().item() for x, mixed in streams]
+    for layer in model.encoder_layers:
+        layer._forward_pre_hooks.clear()
+    selection = select_attention_layers(model, images, num_removed_layers=3, strategy="cosine", batch_size=7)
+    assert selection.order == sorted(range(6), key=influence.__getitem__)[:3]
+
+
+def test_a_strategy_can_be_a_users_function(model, images):
+    def least_alone(search):
+        values = search.transfer_entropy([[layer] for layer in search.candidates])
+        return sorted(search.candidates, key=lambda layer: abs(values[layer]))[: search.num_layers]
+
+    selection = select_attention_layers(model, images, num_removed_layers=2, strategy=least_alone)
+    assert selection.strategy == "least_alone"
+    assert AttentionSelection.from_dict(json.loads(json.dumps(selection.to_dict()))) == selection
+    with pytest.raises(ValueError, match="'least_alone' was a function"):
+        select_attention_layers(model, images, num_removed_layers=2, selection=selection.config)
+    assert selection.order[0] == select_attention_layers(model, images, num_removed_layers=1).order[0]
+
+
+@pytest.mark.parametrize("answer", [[0, 0], [0], [0, 1, 2], [0, 9]], ids=str)
+def test_a_strategy_that_gives_something_else_than_asked_for_is_refused(model, answer):
+    with pytest.raises(ValueError, match="expected 2 different layers"):
+        select_attention_layers(model, torch.randn(4, 3, 16, 16), num_removed_layers=2, strategy=lambda search: answer)
+
+
+def test_a_strategy_without_a_name_is_called_by_its_kind(model):
+    def chosen(layers, search):
+        return layers
+
+    strategy = functools.partial(chosen, [0, 1])
+    selection = select_attention_layers(model, torch.randn(4, 3, 16, 16), num_removed_layers=2, strategy=strategy)
+    assert (selection.strategy, selection.layers) == ("partial", [0, 1])
