@@ -129,7 +129,7 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of the pac
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
             module = importlib.import_module(f".{_LAZY[name]}", __name__)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(
                 f"{name} needs what the extra `train` installs: pip install 'lambda-vit-hf[train]'. ({error})"
             ) from error
