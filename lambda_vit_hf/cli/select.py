@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from torch.utils.data import Subset
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
+    from lambda_vit_hf import AutoLambdaModelForImageClassification, select_attention_layers
 
     from ..data.dataset import ProcessedImages
     from ..data.folders import load_image_dataset
     from ..data.sampling import evenly_spaced
 
-    model = LambdaViTForImageClassification.from_pretrained(arguments.model)
+    model = AutoLambdaModelForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
     images = load_image_dataset(**dataset_options(arguments))["train"]

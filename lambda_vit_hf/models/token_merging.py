@@ -99,7 +99,8 @@ def proportional_attention(sizes: torch.Tensor | None, dtype: torch.dtype) -> to
 def _match(keys: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices `(batch, n)`: of A, the tokens that merge and those left; of B, the partner of each that merges."""
     # Autocast would round the cosines to 8 bits, where near ties decide.
-    with torch.autocast(keys.device.type, enabled=False):
+    device_type = "cpu" if keys.is_meta else keys.device.type
+    with torch.autocast(device_type, enabled=False):
         directions = torch.nn.functional.normalize(keys.float().mean(dim=1), dim=-1)
         similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
     best, partner = similarity.max(dim=-1)
