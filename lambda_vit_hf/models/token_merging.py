@@ -37,12 +37,14 @@ class TokenFlow:
 
     Args:
         schedule (`list[int]`): tokens to merge in each block.
+        is_recorded (`bool`, *optional*, defaults to `False`): whether hidden states or attentions are asked for.
         class_token_from (`int`, *optional*): block from whose attention on only the class token is computed.
         sizes (`dict[int, torch.Tensor]`): patches that each token stands for, `(batch, tokens, 1)`, before each block;
             `None` while nothing has merged. Kept for every block: gradient checkpointing computes some a second time.
     """
 
     schedule: list[int]
+    is_recorded: bool = False
     class_token_from: int | None = None
     sizes: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
