@@ -151,6 +151,14 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             self._forget_best_while_diluting(model, state)
             self._set_lambda(model, state.global_step)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        super().on_pre_optimizer_step(args, state, control, model=model)
+        # DistributedDataParallel makes zeros of no gradient, and weight decay and momentum would act on them.
+        for layer in model.encoder_layers:
+            if layer.attention_state == "off":
+                for parameter in layer.attention_parameters():
+                    parameter.grad = None
+
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint; the
         # mark is taken back in the next event. Where it would also save one, no metric may be better: but this ends
