@@ -51,6 +51,7 @@ class AttentionRemoval:
     >>> for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
     ...     removal.set_lambda(accelerator.unwrap_model(model), step)
     ...     accelerator.backward(model(**batch).loss)
+    ...     removal.let_attention_rest(accelerator.unwrap_model(model))
     ...     optimizer.step()
     ...     optimizer.zero_grad()
     >>> removal.finish(accelerator.unwrap_model(model), optimizer)
@@ -144,6 +145,16 @@ class AttentionRemoval:
         if value != self._lambda:
             model.set_attention_lambda(value, self.selection.layers)
             self._lambda = value
+
+    def let_attention_rest(self, model: LambdaPreTrainedModel) -> None:
+        """
+        Before an optimizer's step, in a model that is wrapped in DistributedDataParallel: it makes zeros of no
+        gradient, and weight decay and momentum would act on attention that is off.
+        """
+        for layer in model.encoder_layers:
+            if layer.attention_state == "off":
+                for parameter in layer.attention_parameters():
+                    parameter.grad = None
 
     def lambdas(self, model: LambdaPreTrainedModel) -> list[float | None]:
         """Lambda of each chosen layer; `None` where its attention is removed."""
