@@ -37,7 +37,7 @@ PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
     # Remote code: what `save_pretrained` copies, today and (merging, removal) in older versions.
-    *sorted(path.name for path in resources.files("lambda_vit_hf.models").iterdir() if path.suffix == ".py"),
+    *sorted(path.name for path in resources.files("lambda_vit_hf.models").iterdir() if path.name.endswith(".py")),
     *("merging.py", "removal.py"),
 )
 _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
