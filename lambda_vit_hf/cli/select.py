@@ -15,15 +15,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from .images import add_dataset_options, dataset_options, dataset_place, dataset_words
 from .runner import Renamed, program_parser, run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = program_parser("select", __doc__)
     parser.add_argument("model", help="Hub id or folder of any ViT checkpoint")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset_name", help="Hub id, or `digits`")
-    data.add_argument("--dataset_dir", help="folder with parquet files, or with one image folder per class")
     amount = parser.add_mutually_exclusive_group(required=True)
     add = amount.add_argument
     add("--num_removed_layers", "--num_layers", action=Renamed, type=int, help="how many attention layers to choose")
@@ -38,7 +36,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autocast", choices=["bfloat16", "float16"], help="to compute in; statistics stay in float64")
     add("--pairs", action="store_true", help="measure how each pair of layers acts together, too")
     add("--output_dir", type=Path, default=Path("outputs/selection"))
-    return parser.parse_args(argv)
+    add_dataset_options(parser)
+    arguments = parser.parse_args(argv)
+    if dataset_place(arguments) is None:
+        parser.error("name images: --dataset_dir, --dataset_name or --train_dir")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = LambdaViTForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
-    images = load_image_dataset(arguments.dataset_name, arguments.dataset_dir)["train"]
+    images = load_image_dataset(**dataset_options(arguments))["train"]
     images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
     selection = select_attention_layers(
         model,
@@ -81,10 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def next_command(arguments: argparse.Namespace, layers: list[int]) -> str:
     """The command that removes these layers from this model, with training on the same images."""
-    source = "dataset_name" if arguments.dataset_name else "dataset_dir"
-    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model]
-    words += [f"--{source}", getattr(arguments, source), "--removed_layers", *map(str, layers)]
-    return shlex.join(words)
+    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model, *dataset_words(arguments)]
+    return shlex.join([*words, "--removed_layers", *map(str, layers)])
 
 
 def report(selection, output_dir: Path) -> None:

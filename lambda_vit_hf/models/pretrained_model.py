@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import initialization as init
 
+from .attention_removal import AttentionRemovalMixin
 from .blocks import RemovableAttention, note_attention_state
 from .configuration_removal import RemovalConfigMixin
-from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
+from .features import FeaturesMixin
 from .image_size import set_image_size
 from .inference import InferenceMixin
 from .loading import (
@@ -32,7 +32,7 @@ from .loading import (
 from .token_merging import TokenFlow
 
 
-class LambdaPreTrainedModel(InferenceMixin):
+class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin):
     """
     Mixin in front of a family's `...PreTrainedModel` of transformers.
 
@@ -41,20 +41,19 @@ class LambdaPreTrainedModel(InferenceMixin):
     encoder would stay random or be lost; `save_pretrained` writes the names that the modules have, which is what
     `Trainer` needs to resume.
 
-    A family sets:
+    A family sets, besides what the mixins ask for:
 
-    - `_layers`, `_final_norm`: names of the blocks and of the LayerNorm behind them, within the base model;
-    - `_stream_entry`: name of the module that gives the first block its input;
     - `_head_keys`: pattern of weights that are no part of the encoder: they may be missing, or left over;
     - `_auto_classes`: Auto classes and the names of the family's classes that they open;
-    - `_can_merge_tokens`: whether a class can do with fewer tokens.
+    - `_can_merge_tokens`: whether a class can do with fewer tokens;
+    - `_fit_image_size`: how embeddings and config are fitted to images of another size.
     """
 
     _keys_to_ignore_on_load_missing = [r"attention_lambda$"]
-    _layers, _final_norm, _stream_entry = "layers", "layernorm", "embeddings"
-    _head_keys = r"(^|\.)(classifier|pooler|decoder|mask_token)(\.|$)"
+    _head_keys = r"(^|\.)(\w*classifier|pooler|decoder|mask_token)(\.|$)"
     _auto_classes: dict[str, str] = {}
     _can_merge_tokens = True
+    _fit_image_size = staticmethod(set_image_size)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -66,106 +65,6 @@ class LambdaPreTrainedModel(InferenceMixin):
     def is_head_key(cls, key: str) -> bool:
         """Whether a weight of this name is no part of the encoder."""
         return re.search(cls._head_keys, key) is not None
-
-    @property
-    def encoder_layers(self) -> nn.ModuleList:
-        """The blocks, index 0 nearest to the image."""
-        return self.base_model.get_submodule(self._layers)
-
-    @property
-    def attention_lambdas(self) -> list[float | None]:
-        """Lambda of each layer; `None` where attention is removed."""
-        return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
-
-    @property
-    def newly_initialized_head(self) -> bool:
-        """Whether the class head is random: its weights were not in the checkpoint, nor have they been trained."""
-        if getattr(self, "_drawn_head", None) is None:
-            return False
-        weight = self.classifier.weight
-        return weight.shape == self._drawn_head.shape and torch.equal(
-            weight.detach().cpu(), self._drawn_head.to(weight.dtype)
-        )
-
-    def set_attention_lambda(self, value: float, layers: list[int]) -> None:
-        """
-        Set the dilution coefficient of some layers.
-
-        Args:
-            value (`float`): lambda in [0, 1]; 1 is ordinary attention, at 0 the layer's attention is not computed.
-            layers (`list[int]`): 0-based layer indices that still have attention.
-
-        Raises:
-            ValueError: if `value` is outside [0, 1], or a layer is unknown, repeated or already removed.
-        """
-        self._check_not_prepared()
-        if isinstance(value, bool) or not 0.0 <= value <= 1.0:
-            raise ValueError(f"lambda must be a number in [0, 1], got {value!r}.")
-        for index in self._check_attention_exists(layers):
-            self.encoder_layers[index].set_attention_lambda(value)
-
-    def remove_attention(self, layers: list[int]) -> None:
-        """
-        Drop the attention weights and the first LayerNorm of some layers, whatever their lambda, and record it in the
-        config. At lambda = 0 the model stays the same function, to the bit. In a folded model
-        (`config.fold_removed`) the newly removed layers are folded too.
-
-        Call it on the unwrapped model, after training: an optimizer keeps the parameters it was given.
-
-        Args:
-            layers (`list[int]`): 0-based layer indices that still have attention.
-
-        Raises:
-            ValueError: if a layer is unknown, repeated or already removed, or if no attention would be left. The
-                model is unchanged then.
-        """
-        self._check_not_prepared()
-        layers = self._check_attention_exists(layers)
-        flags = [flag and index not in layers for index, flag in enumerate(self.config.attention_flags)]
-        if not any(flags):
-            raise ValueError(f"Removing {layers} would leave no attention at all. Keep at least one layer.")
-        if self.config.token_merging_start >= sum(flags):
-            raise ValueError(
-                f"Removing {layers} would leave {sum(flags)} attention layers, but `token_merging_start` is"
-                f" {self.config.token_merging_start}. Call `set_token_merging` after the removal."
-            )
-        if self.config.fold_removed:
-            self._fold(flags)
-        for index in layers:
-            self.encoder_layers[index].drop_attention()
-        self.config.attention_flags = flags
-        self._set_epsilons()
-
-    def fold_removed_attention(self) -> None:
-        """
-        Absorb the doubling of removed layers in the weights that follow; the function stays the same, to the bit in
-        float32, bfloat16 and float64. Does nothing in a model that is folded already.
-
-        Raises:
-            ValueError: in float16, if weights would leave the format's range; if adapters or quantised layers stand
-                where weights must be divided. The model is unchanged then.
-        """
-        self._check_not_prepared()
-        if not self.config.fold_removed:
-            self._fold(self.config.attention_flags)
-            self._set_epsilons()
-
-    def _fold(self, attention_flags: list[bool]) -> None:
-        """Divide the stream by what layers without a flag double it, as far as this has not been done."""
-        config, old = self.config, self.stream_scales()[1:]
-        exponent = centred_exponent(attention_flags)
-        new = residual_scales(attention_flags, exponent)
-        divisors = [after / before for after, before in zip(new, old, strict=True)]
-        entry = self.base_model.get_submodule(self._stream_entry)
-        fold_encoder_(entry, self.encoder_layers, divisors, exponent - config.fold_exponent)
-        config.fold_removed, config.fold_exponent = True, exponent
-
-    def stream_scales(self) -> list[float]:
-        """What the stored stream is smaller by than the paper's: before the first block, then after each block."""
-        config = self.config
-        if not config.fold_removed:
-            return [1.0] * (config.num_hidden_layers + 1)
-        return [2.0**-config.fold_exponent, *residual_scales(config.attention_flags, config.fold_exponent)]
 
     def set_token_merging(self, r: int | list[int], start: int = 0) -> None:
         """
@@ -196,23 +95,19 @@ class LambdaPreTrainedModel(InferenceMixin):
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
         """
-        Change the size of images the model takes; position embeddings are interpolated (bicubic, antialiased).
+        Change the size of images the model takes; stored position embeddings are interpolated: those of ViT and DeiT
+        bicubic and antialiased, as by timm; of other families as they themselves do at every call for images of
+        another size, so that their outputs stay the same, to the bit.
 
         Args:
-            image_size (`int` or `tuple[int, int]`): new height and width in pixels, multiples of the patch size.
+            image_size (`int` or `tuple[int, int]`):
+                new height and width in pixels, multiples of the patch size. DINOv2, SigLIP and CLIP: a square.
 
         Raises:
-            ValueError: if the size is no multiple of the patch size.
+            ValueError: if the family cannot take this size. The model is unchanged then.
         """
         self._check_not_prepared()
-        set_image_size(self.base_model.embeddings, self.config, image_size)
-
-    def _check_attention_exists(self, layers: list[int]) -> list[int]:
-        layers = check_layer_indices(layers, len(self.encoder_layers))
-        removed = [index for index in layers if not self.encoder_layers[index].has_attention]
-        if removed:
-            raise ValueError(f"The attention of layers {removed} is removed already.")
-        return layers
+        self._fit_image_size(self.base_model.embeddings, self.config, image_size)
 
     def _check_merging_is_possible(self) -> None:
         if any(self.config.token_merging_schedule()) and not self._can_merge_tokens:
@@ -221,14 +116,10 @@ class LambdaPreTrainedModel(InferenceMixin):
                 " `token_merging_r=0` to `from_pretrained`."
             )
 
-    def _set_epsilons(self) -> None:
-        """Bring the LayerNorms that read the stream in line with the config: a folded stream needs smaller ones."""
-        epsilons = folded_layer_norm_eps(self.config)
-        for layer, eps in zip(self.encoder_layers, epsilons, strict=True):
-            for norm in layer.stream_norms():
-                norm.eps = eps
-        if self._final_norm is not None:
-            self.base_model.get_submodule(self._final_norm).eps = epsilons[-1]
+    def _follow_config(self) -> None:
+        """What a new model does to be what its config says."""
+        self._check_merging_is_possible()
+        self._set_epsilons()
 
     def _run_blocks(self, forward: Callable, inputs: torch.Tensor, attention_mask=None, **kwargs):
         """
@@ -322,8 +213,8 @@ class LambdaPreTrainedModel(InferenceMixin):
         for layer in self.encoder_layers:
             note_attention_state(layer)
         drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        if any(key.startswith("classifier.") for key in drawn) and isinstance(self.classifier, nn.Linear):
-            self._drawn_head = self.classifier.weight.detach().cpu().clone()
+        drawn = [key for key in drawn if key.endswith("classifier.weight")]
+        self._drawn_heads = {key: self.get_parameter(key).detach().cpu().clone() for key in drawn}
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, *args, save_original_format: bool = False, **kwargs

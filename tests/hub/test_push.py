@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hub_server import TOKEN, Fault, HubServer
+from tests.models.test_loading_and_saving import CODE
 
 
 class Client:
@@ -70,10 +71,7 @@ class Client:
 ROOT = Path(__file__).parents[2]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
-REMOTE_CODE = {
-    "blocks.py", "configuration_lambda_vit.py", "configuration_removal.py", "folding.py", "image_size.py",
-    "inference.py", "loading.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
-}  # fmt: skip
+REMOTE_CODE = set(CODE)
 WORKER = """
 import contextlib, io, json, os, sys, traceback
 

@@ -1,0 +1,125 @@
+"""Fading, removal and folding of attention layers, in place, of any family's model.
+
+Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
+"""
+
+from torch import nn
+
+from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
+
+
+class AttentionRemovalMixin:
+    """
+    `set_attention_lambda`, `remove_attention` and `fold_removed_attention`, for every Lambda model.
+
+    A family sets `_layers` and `_final_norm`, names of the blocks and of the LayerNorm behind them, and
+    `_stream_entry`, that of the module that gives the first block its input; all within the base model.
+    """
+
+    _layers, _final_norm, _stream_entry = "layers", "layernorm", "embeddings"
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        """The blocks, index 0 nearest to the image."""
+        return self.base_model.get_submodule(self._layers)
+
+    @property
+    def attention_lambdas(self) -> list[float | None]:
+        """Lambda of each layer; `None` where attention is removed."""
+        return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
+
+    def set_attention_lambda(self, value: float, layers: list[int]) -> None:
+        """
+        Set the dilution coefficient of some layers.
+
+        Args:
+            value (`float`): lambda in [0, 1]; 1 is ordinary attention, at 0 the layer's attention is not computed.
+            layers (`list[int]`): 0-based layer indices that still have attention.
+
+        Raises:
+            ValueError: if `value` is outside [0, 1], or a layer is unknown, repeated or already removed.
+        """
+        self._check_not_prepared()
+        if isinstance(value, bool) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"lambda must be a number in [0, 1], got {value!r}.")
+        for index in self._check_attention_exists(layers):
+            self.encoder_layers[index].set_attention_lambda(value)
+
+    def remove_attention(self, layers: list[int]) -> None:
+        """
+        Drop the attention weights and the first LayerNorm of some layers, whatever their lambda, and record it in the
+        config. At lambda = 0 the model stays the same function, to the bit. In a folded model
+        (`config.fold_removed`) the newly removed layers are folded too.
+
+        Call it on the unwrapped model, after training: an optimizer keeps the parameters it was given.
+
+        Args:
+            layers (`list[int]`): 0-based layer indices that still have attention.
+
+        Raises:
+            ValueError: if a layer is unknown, repeated or already removed, or if no attention would be left. The
+                model is unchanged then.
+        """
+        self._check_not_prepared()
+        layers = self._check_attention_exists(layers)
+        flags = [flag and index not in layers for index, flag in enumerate(self.config.attention_flags)]
+        if not any(flags):
+            raise ValueError(f"Removing {layers} would leave no attention at all. Keep at least one layer.")
+        if self.config.token_merging_start >= sum(flags):
+            raise ValueError(
+                f"Removing {layers} would leave {sum(flags)} attention layers, but `token_merging_start` is"
+                f" {self.config.token_merging_start}. Call `set_token_merging` after the removal."
+            )
+        if self.config.fold_removed:
+            self._fold(flags)
+        for index in layers:
+            self.encoder_layers[index].drop_attention()
+        self.config.attention_flags = flags
+        self._set_epsilons()
+
+    def fold_removed_attention(self) -> None:
+        """
+        Absorb the doubling of removed layers in the weights that follow; the function stays the same, to the bit in
+        float32, bfloat16 and float64. Does nothing in a model that is folded already.
+
+        Raises:
+            ValueError: in float16, if weights would leave the format's range; if adapters or quantised layers stand
+                where weights must be divided. The model is unchanged then.
+        """
+        self._check_not_prepared()
+        if not self.config.fold_removed:
+            self._fold(self.config.attention_flags)
+            self._set_epsilons()
+
+    def _fold(self, attention_flags: list[bool]) -> None:
+        """Divide the stream by what layers without a flag double it, as far as this has not been done."""
+        config, old = self.config, self.stream_scales()[1:]
+        exponent = centred_exponent(attention_flags)
+        new = residual_scales(attention_flags, exponent)
+        divisors = [after / before for after, before in zip(new, old, strict=True)]
+        entry = self.base_model.get_submodule(self._stream_entry)
+        fold_encoder_(entry, self.encoder_layers, divisors, exponent - config.fold_exponent)
+        config.fold_removed, config.fold_exponent = True, exponent
+
+    def stream_scales(self) -> list[float]:
+        """What the stored stream is smaller by than the paper's: before the first block, then after each block."""
+        config = self.config
+        if not config.fold_removed:
+            return [1.0] * (config.num_hidden_layers + 1)
+        return [2.0**-config.fold_exponent, *residual_scales(config.attention_flags, config.fold_exponent)]
+
+    def _check_attention_exists(self, layers: list[int]) -> list[int]:
+        layers = check_layer_indices(layers, len(self.encoder_layers))
+        removed = [index for index in layers if not self.encoder_layers[index].has_attention]
+        if removed:
+            raise ValueError(f"The attention of layers {removed} is removed already.")
+        return layers
+
+    def _set_epsilons(self) -> None:
+        """Bring the LayerNorms that read the stream in line with the config: a folded stream needs smaller ones."""
+        epsilons = folded_layer_norm_eps(self.config)
+        for layer, eps in zip(self.encoder_layers, epsilons, strict=True):
+            for norm in layer.stream_norms():
+                norm.eps = eps
+        if self._final_norm is not None:
+            self.base_model.get_submodule(self._final_norm).eps = epsilons[-1]
