@@ -4,17 +4,32 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    ViTImageProcessor,
-)
-
+from .models.configuration_lambda_clip_vision import LambdaCLIPVisionConfig
+from .models.configuration_lambda_deit import LambdaDeiTConfig
+from .models.configuration_lambda_dinov2 import LambdaDinov2Config
+from .models.configuration_lambda_dinov2_with_registers import LambdaDinov2WithRegistersConfig
+from .models.configuration_lambda_dinov3_vit import LambdaDINOv3ViTConfig
+from .models.configuration_lambda_siglip_vision import LambdaSiglipVisionConfig
 from .models.configuration_lambda_vit import LambdaViTConfig
+from .models.families import AutoLambdaModel, AutoLambdaModelForImageClassification, register_auto_classes
+from .models.modeling_lambda_clip_vision import LambdaCLIPVisionForImageClassification, LambdaCLIPVisionModel
+from .models.modeling_lambda_deit import (
+    LambdaDeiTForImageClassification,
+    LambdaDeiTForImageClassificationWithTeacher,
+    LambdaDeiTModel,
+)
+from .models.modeling_lambda_dinov2 import LambdaDinov2Backbone, LambdaDinov2ForImageClassification, LambdaDinov2Model
+from .models.modeling_lambda_dinov2_with_registers import (
+    LambdaDinov2WithRegistersBackbone,
+    LambdaDinov2WithRegistersForImageClassification,
+    LambdaDinov2WithRegistersModel,
+)
+from .models.modeling_lambda_dinov3_vit import (
+    LambdaDINOv3ViTBackbone,
+    LambdaDINOv3ViTForImageClassification,
+    LambdaDINOv3ViTModel,
+)
+from .models.modeling_lambda_siglip_vision import LambdaSiglipVisionForImageClassification, LambdaSiglipVisionModel
 from .models.modeling_lambda_vit import (
     LambdaViTBackbone,
     LambdaViTForImageClassification,
@@ -38,12 +53,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-AutoConfig.register(LambdaViTConfig.model_type, LambdaViTConfig, exist_ok=True)
-AutoBackbone.register(LambdaViTConfig, LambdaViTBackbone, exist_ok=True)
-AutoModel.register(LambdaViTConfig, LambdaViTModel, exist_ok=True)
-AutoModelForImageClassification.register(LambdaViTConfig, LambdaViTForImageClassification, exist_ok=True)
-AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImageModeling, exist_ok=True)
-AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
+register_auto_classes()
 
 # Imported when first used: a served model needs nothing of the extra `train`. The same names as above.
 _LAZY = {
@@ -66,9 +76,33 @@ _LAZY = {
 __all__ = [
     "AttentionRemoval",
     "AttentionSelection",
+    "AutoLambdaModel",
+    "AutoLambdaModelForImageClassification",
     "DilutionConfig",
     "EmaCallback",
     "EntropyGuidedRemovalCallback",
+    "LambdaCLIPVisionConfig",
+    "LambdaCLIPVisionForImageClassification",
+    "LambdaCLIPVisionModel",
+    "LambdaDINOv3ViTBackbone",
+    "LambdaDINOv3ViTConfig",
+    "LambdaDINOv3ViTForImageClassification",
+    "LambdaDINOv3ViTModel",
+    "LambdaDeiTConfig",
+    "LambdaDeiTForImageClassification",
+    "LambdaDeiTForImageClassificationWithTeacher",
+    "LambdaDeiTModel",
+    "LambdaDinov2Backbone",
+    "LambdaDinov2Config",
+    "LambdaDinov2ForImageClassification",
+    "LambdaDinov2Model",
+    "LambdaDinov2WithRegistersBackbone",
+    "LambdaDinov2WithRegistersConfig",
+    "LambdaDinov2WithRegistersForImageClassification",
+    "LambdaDinov2WithRegistersModel",
+    "LambdaSiglipVisionConfig",
+    "LambdaSiglipVisionForImageClassification",
+    "LambdaSiglipVisionModel",
     "LambdaViTBackbone",
     "LambdaViTConfig",
     "LambdaViTForImageClassification",
