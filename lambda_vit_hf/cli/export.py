@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import LambdaViTForImageClassification
+    from lambda_vit_hf import AutoLambdaModelForImageClassification
 
     from ..evaluation.classifier import load_classifier
     from ..export.onnx import export_program
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
         raise FileExistsError(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")
-    model = load_classifier(arguments.model, model_class=LambdaViTForImageClassification)
+    model = load_classifier(arguments.model, model_class=AutoLambdaModelForImageClassification)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
     model.prepare_for_inference()
