@@ -12,6 +12,7 @@ from lambda_vit_hf import (
     LambdaViTForImageClassification,
 )
 from lambda_vit_hf.data.dataset import AugmentationEpoch
+from lambda_vit_hf.data.sampling import evenly_spaced
 from tests.conftest import TINY, in_two_processes
 from tests.small_training import Blobs, make_trainer
 
@@ -67,7 +68,7 @@ def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     make_trainer(model, tmp_path, [callback]).train()
     from lambda_vit_hf import select_attention_layers
 
-    images = torch.stack([Blobs()[index * 48 // 20]["pixel_values"] for index in range(20)])
+    images = torch.stack([Blobs()[index]["pixel_values"] for index in evenly_spaced(48, 20)])
     assert callback.selection.order == select_attention_layers(before, images, num_layers=3).order
     assert callback.selection.num_images == 20
 
