@@ -54,7 +54,7 @@ def select_attention_layers(
     it with the same images; all get the same answer.
 
     Args:
-        model ([`LambdaViTModel`] or [`LambdaViTForImageClassification`]): the trained model.
+        model ([`LambdaPreTrainedModel`]): the trained model, such as a [`LambdaViTForImageClassification`].
         calibration: images, in any form that [`CalibrationBatches`] takes; a few hundred training images will do.
         num_removed_layers (`int`, *optional*): how many layers to choose; or
         removal_ratio (`float`, *optional*): the fraction of the attention layers that the model has.
@@ -70,8 +70,9 @@ def select_attention_layers(
         [`AttentionSelection`]
 
     Raises:
-        ValueError: on an empty calibration set, an impossible number of layers, an option that is unknown or does not
+        ValueError: on an empty calibration set, an impossible number of layers, an option that is wrong or does not
             fit the model, or a model that is half-way diluted.
+        TypeError: on an unknown option, or calibration items without pixel values.
         RuntimeError: if another process failed.
     """
     num_removed_layers = _renamed("num_layers", num_layers, "num_removed_layers", num_removed_layers)
