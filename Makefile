@@ -3,29 +3,35 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
+TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark test style quality clean
+.PHONY: help demo benchmark test test-fast style quality clean
 
 help:  ## Show this list
-	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.train  ## Digits: train a ViT, remove 6 of its 12 attention layers, print before and after
-	$(BIN)/accelerate launch --config_file $(CONFIG) trainer_scripts/train.py trainer_scripts/recipes/digits.yaml --overwrite_output_dir
+	$(BIN)/accelerate launch --config_file $(CONFIG) -m lambda_vit_hf.cli.train digits --overwrite_output_dir
 
 benchmark: $(VENV)/.train  ## Measure inference on this machine: DeiT-B shape, with and without 5 attention layers
-	$(BIN)/python trainer_scripts/benchmark.py
+	$(BIN)/lambda-vit benchmark --size base
 
 test: $(VENV)/.test quality  ## Install what tests need, lint, run all tests offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	$(TESTS) tests
+
+test-fast: $(VENV)/.test  ## The tests without those of whole trainings, exports and several processes
+	$(TESTS) -m "not slow" tests
 
 style: $(VENV)/.test  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(VENV)/.test  ## Check format and lint
+quality: $(VENV)/.test  ## Check format, lint, the order of imports between packages, public types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 clean:  ## Remove the environment and all outputs
 	rm -rf $(VENV) outputs *.egg-info

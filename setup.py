@@ -24,7 +24,15 @@ TRAIN = [
     "timm>=1.0.20",
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
-TEST = [*TRAIN, *EXPORT, "peft>=0.18", "pytest>=8", "ruff>=0.9", "tensorboard"]
+TEST = [*TRAIN, *EXPORT, "import-linter>=2.0", "mypy>=1.15", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6",
+        "ruff>=0.9", "scipy>=1.11", "tensorboard"]  # fmt: skip
+
+# Folders of a checkout that an installation has inside the package.
+INSIDE = {
+    "lambda_vit_hf.model_cards": "model_cards",
+    "lambda_vit_hf.recipes": "trainer_scripts/recipes",
+    "lambda_vit_hf.accelerate_configs": "trainer_scripts/accelerate_configs",
+}
 
 setup(
     name="lambda-vit-hf",
@@ -34,9 +42,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["lambda_vit_hf", "lambda_vit_hf.*"]), "lambda_vit_hf.model_cards"],
-    package_dir={"lambda_vit_hf.model_cards": "model_cards"},
-    package_data={"lambda_vit_hf": ["py.typed"], "lambda_vit_hf.model_cards": ["*.jinja"]},
+    packages=[*find_packages(include=["lambda_vit_hf", "lambda_vit_hf.*"]), *INSIDE],
+    package_dir=INSIDE,
+    package_data={"": ["py.typed", "*.jinja", "*.yaml"]},
+    py_modules=["lambda_vit_cli"],
+    entry_points={"console_scripts": ["lambda-vit = lambda_vit_cli:main"]},
     install_requires=CORE,
     extras_require={"train": TRAIN, "export": EXPORT, "test": TEST},
 )

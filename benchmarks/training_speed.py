@@ -1,17 +1,24 @@
-"""What dilution costs, and what removal saves, in training: steps of the Hugging Face Trainer, side by side."""
+"""What dilution costs, and what removal saves, in training: steps of the Hugging Face Trainer, side by side.
+
+python -m benchmarks.training_speed --size small --guard
+"""
 
 import copy
 import statistics
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from lambda_vit_hf.cli.benchmark import add_setup_arguments, read_setup, write_result
+from lambda_vit_hf.cli.runner import run_program
 from lambda_vit_hf.evaluation.throughput import describe_environment, markdown_table
-from lambda_vit_hf.export.contenders import Contest
 from lambda_vit_hf.export.reference_models import as_transformers_vit
+from lambda_vit_hf.export.variants import BenchmarkSetup
 from lambda_vit_hf.training.callback import EntropyGuidedRemovalCallback
 from lambda_vit_hf.training.guards import StopOnNonFiniteGradient
 
@@ -38,7 +45,7 @@ class NoiseImages(Dataset):
 
 
 def measure_training(
-    contest: Contest, batch_size: int = 8, steps: int = 20, bf16: bool = False, with_guard: bool = False
+    setup: BenchmarkSetup, batch_size: int = 8, steps: int = 20, bf16: bool = False, with_guard: bool = False
 ) -> dict:
     """
     Time optimizer steps of real Trainers that run in turns, one step each (see [`StepTimer`]).
@@ -47,7 +54,7 @@ def measure_training(
     falls, then at lambda = 0. Their steps are compared pair by pair.
 
     Args:
-        contest ([`Contest`]): the shape, the layers to remove, the device.
+        setup ([`BenchmarkSetup`]): the shape, the layers to remove, the device.
         batch_size (`int`, *optional*, defaults to 8): images per step.
         steps (`int`, *optional*, defaults to 20): timed steps while diluting, and as many at lambda = 0.
         bf16 (`bool`, *optional*, defaults to `False`): mixed precision.
@@ -60,15 +67,15 @@ def measure_training(
     warm_up = 3
     max_steps = 2 * (steps + warm_up) + 1
     ours_name = "with the callback" + (" and the guard" if with_guard else "")
-    base = contest.base_model
+    base = setup.base_model
     models = {PLAIN: as_transformers_vit(base), ours_name: copy.deepcopy(base)}
-    removal = EntropyGuidedRemovalCallback(layers=list(contest.layers), hold_share=0.5)
+    removal = EntropyGuidedRemovalCallback(layers=list(setup.removed_layers), hold_share=0.5)
     callbacks = {PLAIN: [], ours_name: [removal, *([StopOnNonFiniteGradient()] if with_guard else [])]}
     turns = Turns(models)
     timers, programs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, model) in enumerate(models.items()):
-            args = _arguments(Path(folder) / str(index), batch_size, max_steps, contest.device, bf16)
+            args = _arguments(Path(folder) / str(index), batch_size, max_steps, setup.device, bf16)
             images = NoiseImages(model.config.image_size, model.config.num_labels, batch_size * max_steps)
             timers[name] = StepTimer(name, turns, args.device)
             trainer = Trainer(model, args, train_dataset=images, callbacks=[timers[name], *callbacks[name]])
@@ -81,7 +88,7 @@ def measure_training(
     phases = {"diluting": range(warm_up, first_zero), "lambda = 0": range(first_zero + warm_up, max_steps - 1)}
     rows = [_compare(phase, chosen, seconds[PLAIN], seconds[ours_name]) for phase, chosen in phases.items()]
     environment = {**describe_environment(args.device), "precision": "bf16" if bf16 else "fp32", "batch": batch_size}
-    return {"rows": rows, "size": contest.size, "removed": list(contest.layers), "callbacks": ours_name,
+    return {"rows": rows, "size": setup.size, "removed": list(setup.removed_layers), "callbacks": ours_name,
             "seconds": seconds, "environment": environment}  # fmt: skip
 
 
@@ -129,3 +136,19 @@ def training_table(result: dict) -> str:
         for row in result["rows"]
     ]
     return markdown_table(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add_setup_arguments(parser, "small", ["fp32", "bf16"])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="timed while diluting, and as many at lambda = 0")
+    parser.add_argument("--guard", action="store_true", help="with StopOnNonFiniteGradient beside the callback")
+    arguments = parser.parse_args(argv)
+    setup = read_setup(arguments)
+    result = measure_training(setup, arguments.batch_size, arguments.steps, setup.dtype == "bf16", arguments.guard)
+    write_result("training", result, training_table(result), arguments.output_dir)
+
+
+if __name__ == "__main__":
+    run_program("benchmark", main)

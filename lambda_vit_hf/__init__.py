@@ -35,22 +35,34 @@ AutoModelForMaskedImageModeling.register(LambdaViTConfig, LambdaViTForMaskedImag
 AutoImageProcessor.register(LambdaViTConfig, image_processor_classes={"torchvision": ViTImageProcessor}, exist_ok=True)
 
 _TRAINING = {
+    "AttentionRemoval": "training.removal",
+    "DilutionConfig": "training.dilution",
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
+    "LambdaViTTrainer": "training.trainer_mixin",
+    "LambdaViTTrainerMixin": "training.trainer_mixin",
     "SaveOnSigterm": "training.guards",
     "StopOnNonFiniteGradient": "training.guards",
+    "finish_checkpoint": "training.finishing",
 }
 
 
 def __getattr__(name: str):
     # Imported when asked for: a served model needs nothing of the `train` extra.
     if name in _TRAINING:
-        return getattr(importlib.import_module(f".{_TRAINING[name]}", __name__), name)
+        try:
+            return getattr(importlib.import_module(f".{_TRAINING[name]}", __name__), name)
+        except ImportError as error:
+            raise ImportError(
+                f'{name} needs what training needs: pip install "lambda-vit-hf[train]" ({error}).'
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
+    "AttentionRemoval",
     "AttentionSelection",
+    "DilutionConfig",
     "EmaCallback",
     "EntropyGuidedRemovalCallback",
     "LambdaViTBackbone",
@@ -58,10 +70,13 @@ __all__ = [
     "LambdaViTForImageClassification",
     "LambdaViTForMaskedImageModeling",
     "LambdaViTModel",
+    "LambdaViTTrainer",
+    "LambdaViTTrainerMixin",
     "SaveOnSigterm",
     "SelectionConfig",
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
+    "finish_checkpoint",
     "select_attention_layers",
     "summarize",
 ]

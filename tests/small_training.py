@@ -25,13 +25,13 @@ class Blobs(Dataset):
         return {"pixel_values": image, "labels": self.labels[index]}
 
 
-def make_trainer(model, folder, callbacks, dataset=None, **arguments) -> Trainer:
+def make_trainer(model, folder, callbacks, dataset=None, kind: type[Trainer] = Trainer, **arguments) -> Trainer:
     defaults = dict(
         output_dir=str(folder), max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, weight_decay=0.1,
         save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
         use_cpu=True,
     )  # fmt: skip
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(**{**defaults, **arguments}),
         train_dataset=dataset or Blobs(),

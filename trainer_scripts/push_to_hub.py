@@ -1,46 +1,11 @@
-"""Push a finished model's folder to the Hub: checked first, one commit, safe to repeat after a failure.
+"""`lambda-vit push`, from a checkout:
 
-    python trainer_scripts/push_to_hub.py outputs/digits me/lambda-vit-digits --dry_run
-    python trainer_scripts/push_to_hub.py outputs/digits me/lambda-vit-digits --private
-    python trainer_scripts/push_to_hub.py outputs/digits me/lambda-vit-digits --revision six-layers-removed
-    python trainer_scripts/push_to_hub.py outputs/digits someone/model --create_pr --commit_message "Fewer layers"
-
-The token is that of `hf auth login`, or `HF_TOKEN` in the environment.
+python trainer_scripts/push_to_hub.py outputs/digits me/lambda-digits --dry_run
 """
 
-import argparse
-import shlex
-import sys
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="what save_pretrained or train.py wrote")
-    parser.add_argument("repo_id", help="user/name; created if it does not exist")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is created now")
-    parser.add_argument("--revision", help="branch to commit to, created if it does not exist")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--dry_run", action="store_true", help="check the folder and list what would be sent")
-    parser.add_argument("--commit_message", default="Upload LambdaViT")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parse(argv)
-    # Imported late: --help and a mistyped option answer at once.
-    from lambda_vit_hf.hub.push import PushError, push_folder
-
-    try:
-        result = push_folder(**vars(arguments))
-    except PushError as error:
-        raise SystemExit(f"{error}\nor: python {shlex.join([sys.argv[0], *argv])}") from error
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    for name, size in result.files.items():
-        print(f"{name:<40}{size:>15,} bytes")
-    print(result.pull_request_url or result.commit_url or "Dry run: nothing was sent.")
+from lambda_vit_hf.cli.push import main
+from lambda_vit_hf.cli.runner import run_program
 
 
 if __name__ == "__main__":
-    main()
+    run_program("push", main)

@@ -1,103 +1,11 @@
-"""Which attention layers can a ViT do without? Search, print the path, save the selection and its picture.
+"""`lambda-vit select`, from a checkout:
 
-    python trainer_scripts/select_layers.py outputs/digits/base --dataset_name digits --num_layers 6
-    python trainer_scripts/select_layers.py facebook/deit-base-patch16-224 --dataset_dir path/to/images --ratio 0.4 \
-        --output_dir outputs/selection
-    accelerate launch trainer_scripts/select_layers.py ...  # several processes share the images
-
-Needs no training. Leaves in OUTPUT_DIR: selection.json, with all raw figures; entropy.png, the entropy of attention
-and MLP by depth; search.png, the transfer entropy of every candidate at every step; with --pairs also pairs.png.
-What the figures mean: docs/nose.md.
+python trainer_scripts/select_layers.py MODEL --dataset_dir DIR --removal_ratio 0.4
 """
 
-import argparse
-from pathlib import Path
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hub id or folder of any ViT checkpoint")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset_name", help="Hub id, or `digits`")
-    data.add_argument("--dataset_dir", help="folder with parquet files, or with one image folder per class")
-    amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--num_layers", type=int, help="how many attention layers to choose")
-    amount.add_argument("--ratio", type=float, help="which fraction of them")
-    parser.add_argument("--strategy", default="nose", help="nose, beam, exhaustive, cosine, last, ...")
-    parser.add_argument("--output", help="class_head, class_token or token_mean")
-    parser.add_argument("--mask", default="skip", help="skip or identity")
-    parser.add_argument("--compare", default="magnitude", help="magnitude or value")
-    parser.add_argument("--num_images", type=int, default=512, help="of the training set, evenly spaced")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--autocast", choices=["bfloat16", "float16"], help="to compute in; statistics stay in float64"
-    )
-    parser.add_argument("--pairs", action="store_true", help="measure how each pair of layers acts together, too")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/selection"))
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-
-    import torch
-    from accelerate import PartialState
-    from torch.utils.data import Subset
-    from transformers import AutoImageProcessor
-
-    from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
-    from lambda_vit_hf.data.dataset import ProcessedImages
-    from lambda_vit_hf.data.folders import load_image_dataset
-    from lambda_vit_hf.data.sampling import evenly_spaced
-
-    model = LambdaViTForImageClassification.from_pretrained(arguments.model)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    model.to(state.device)
-    images = load_image_dataset(arguments.dataset_name, arguments.dataset_dir)["train"]
-    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
-    selection = select_attention_layers(
-        model,
-        Subset(images, evenly_spaced(len(images), arguments.num_images)),
-        num_removed_layers=arguments.num_layers,
-        removal_ratio=arguments.ratio,
-        strategy=arguments.strategy,
-        output=arguments.output,
-        mask=arguments.mask,
-        compare=arguments.compare,
-        batch_size=arguments.batch_size,
-        autocast_dtype=getattr(torch, arguments.autocast) if arguments.autocast else None,
-        pairs=arguments.pairs,
-    )
-    if state.is_main_process:
-        report(selection, arguments.output_dir)
-    state.destroy_process_group()
-
-
-def report(selection, output_dir: Path) -> None:
-    from lambda_vit_hf.evaluation.plotting import plot_layer_entropies, plot_pairs, plot_search
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    selection.save(output_dir / "selection.json")
-    plot_layer_entropies(selection, output_dir / "entropy.png")
-    if selection.steps:
-        plot_search(selection, output_dir / "search.png")
-    if selection.pair_transfer_entropy:
-        plot_pairs(selection, output_dir / "pairs.png")
-    print_selection(selection)
-    print(f"selection.json and pictures are in {output_dir}")
-
-
-def print_selection(selection) -> None:
-    for step in selection.steps:
-        line = f"+ layer {step.picked:>2}   transfer entropy {step.transfer_entropy[step.picked]:+.4f}"
-        if step.stability is not None:
-            line += f" ± {step.standard_error:.4f} nats   picked in {step.stability:.0%} of resamples"
-        print(line)
-    print(f"layers {selection.layers}, transfer entropy of the set {selection.transfer_entropy:+.4f} nats")
-    if selection.steps:
-        share = selection.block_evaluations / selection.naive_block_evaluations
-        print(f"{selection.block_evaluations:,.0f} blocks computed per image, {share:.2f} of the naive search")
+from lambda_vit_hf.cli.runner import run_program
+from lambda_vit_hf.cli.select import main
 
 
 if __name__ == "__main__":
-    main()
+    run_program("select", main)

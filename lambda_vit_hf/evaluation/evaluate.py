@@ -7,33 +7,13 @@ import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    EvalPrediction,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, EvalPrediction, PreTrainedModel
 
 from ..data.dataset import LEFT_OUT, ProcessedImages, collate
 from ..data.decoding import UnreadableImages
 from ..data.folders import load_image_dataset
 from ..data.sampling import evenly_spaced
-from .metrics import classification_metrics
-
-
-def load_classifier(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """
-    An image classifier of the Hub or a folder, as its Auto class loads it, in eval mode.
-
-    Raises:
-        ValueError: if a weight is missing from the checkpoint: it would be random.
-    """
-    model, info = AutoModelForImageClassification.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
-    random = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if random:
-        raise ValueError(f"{name_or_path} lacks {len(random)} weights, which would be random: {random[:5]}.")
-    return model.eval()
+from .metrics import classification_metrics, shortlist
 
 
 def load_split(
@@ -200,26 +180,6 @@ def evaluate_model(
         "images_per_second": len(images) / seconds,
         "model_images_per_second": accelerator.reduce(own_speed, "sum").item(),
     }
-
-
-def shortlist(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    As much of the scores as top-1 and top-5 depend on: the six best, or the five best and the right class's.
-
-    `evaluate` writes scores to a table row by row: all of ImageNet's would take minutes and gigabytes.
-
-    Args:
-        scores (`torch.Tensor` of shape `(images, classes)`): of all classes.
-        labels (`torch.Tensor` of shape `(images,)`): class indices, or -100.
-
-    Returns:
-        Scores `(images, at most 6)`, best first, and the place of the right class among them (or -100).
-    """
-    places = scores.argsort(dim=1, descending=True, stable=True)[:, :6].clone()
-    missing = (labels != LEFT_OUT) & ~(places == labels[:, None]).any(dim=1)
-    places[missing, -1] = labels[missing]
-    found = (places == labels[:, None]).int().argmax(dim=1)
-    return scores.gather(1, places), torch.where(labels == LEFT_OUT, labels, found)
 
 
 def _synchronize(device: torch.device) -> None:

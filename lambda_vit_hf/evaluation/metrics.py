@@ -1,13 +1,18 @@
-"""Metrics as `evaluate` defines them, without a download: `evaluate.load` needs the Hub at run time."""
+"""Metrics as a module of `evaluate`, without a download: `evaluate.load` needs the Hub at run time."""
+
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
+import torch
+
+from ..data.dataset import LEFT_OUT
 
 
 class TopKAccuracy(evaluate.Metric):
     """
-    Share of images whose label is among the `k` best-scored classes.
+    Share of images whose label is among the `k` best-scored classes. With several `k`, one entry for each.
 
     Example:
 
@@ -22,20 +27,19 @@ class TopKAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Top-k accuracy from class scores.",
             citation="",
-            inputs_description="predictions: scores (images, classes); references: labels (images,); k: int.",
+            inputs_description="predictions: scores (images, classes); references: labels (images,); k: int or ints.",
             features=datasets.Features(
                 {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
             ),
         )
 
-    def _compute(self, predictions, references, k: int = 1):
-        return {"accuracy": top_k_accuracy(np.asarray(predictions), np.asarray(references), k)}
-
-
-def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """Share of images whose label is among the `k` best of `scores` `(images, classes)`."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+    def _compute(self, predictions, references, k: int | Sequence[int] = 1):
+        order = np.argsort(-np.asarray(predictions), axis=1, kind="stable")
+        hits = order == np.asarray(references)[:, None]
+        if isinstance(k, int):
+            return {"accuracy": float(hits[:, :k].any(axis=1).mean())}
+        names = {one: "accuracy" if one == 1 else f"top{one}_accuracy" for one in k}
+        return {name: float(hits[:, :one].any(axis=1).mean()) for one, name in names.items()}
 
 
 def classification_metrics(prediction) -> dict[str, float]:
@@ -47,12 +51,31 @@ def classification_metrics(prediction) -> dict[str, float]:
     Raises:
         ValueError: if no image has a label.
     """
-    labelled = prediction.label_ids != -100
+    labelled = prediction.label_ids != LEFT_OUT
     if not labelled.any():
         raise ValueError("No image of the evaluation set could be read: there is no accuracy to report.")
-    scores, labels = prediction.predictions[labelled], prediction.label_ids[labelled]
-    # Not through TopKAccuracy: `evaluate` writes scores to a table on the disk, a minute for those of ImageNet.
-    results = {"accuracy": top_k_accuracy(scores, labels)}
-    if scores.shape[-1] > 5:
-        results["top5_accuracy"] = top_k_accuracy(scores, labels, k=5)
-    return results
+    scores, labels = (np.asarray(one[labelled]) for one in (prediction.predictions, prediction.label_ids))
+    k = (1, 5) if scores.shape[-1] > 5 else (1,)
+    scores, labels = shortlist(torch.from_numpy(scores), torch.from_numpy(labels))
+    # In memory: a cache on the disk is shared by all processes.
+    return TopKAccuracy(keep_in_memory=True).compute(predictions=scores.numpy(), references=labels.numpy(), k=k)
+
+
+def shortlist(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    As much of the scores as top-1 and top-5 depend on: the six best, or the five best and the right class's.
+
+    `evaluate` writes scores to a table row by row: all of ImageNet's would take minutes and gigabytes.
+
+    Args:
+        scores (`torch.Tensor` of shape `(images, classes)`): of all classes.
+        labels (`torch.Tensor` of shape `(images,)`): class indices, or -100.
+
+    Returns:
+        Scores `(images, at most 6)`, best first, and the place of the right class among them (or -100).
+    """
+    places = scores.argsort(dim=1, descending=True, stable=True)[:, :6].clone()
+    missing = (labels != LEFT_OUT) & ~(places == labels[:, None]).any(dim=1)
+    places[missing, -1] = labels[missing]
+    found = (places == labels[:, None]).int().argmax(dim=1)
+    return scores.gather(1, places), torch.where(labels == LEFT_OUT, labels, found)

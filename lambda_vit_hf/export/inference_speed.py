@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..evaluation.throughput import describe_environment, interleave, markdown_table, percentile, speedup
-from .contenders import Contender, Contest, build_contender
 from .peak_memory import peak_memory_cpu, peak_memory_cuda
+from .variants import BenchmarkSetup, Variant, build_variant
 
 
 TOLERANCE = 1e-3
@@ -18,7 +18,7 @@ TOLERANCE = 1e-3
 @torch.inference_mode()
 def measure_inference(
     names: Sequence[str],
-    contest: Contest,
+    setup: BenchmarkSetup,
     batch_sizes: Sequence[int] = (1, 8),
     max_rounds: int = 30,
     max_seconds: float = 200.0,
@@ -30,9 +30,9 @@ def measure_inference(
     Build the models, compare their outputs, and time them in turns.
 
     Args:
-        names (`Sequence[str]`): the models (see [`build_contender`]). Speed-ups are against the first, and against
+        names (`Sequence[str]`): the models (see [`build_variant`]). Speed-ups are against the first, and against
             `transformers` in the same precision, where it takes part.
-        contest ([`Contest`]): what they have in common.
+        setup ([`BenchmarkSetup`]): what they have in common.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8)`): each is timed by itself.
         max_rounds (`int`, *optional*, defaults to 30): timed rounds per batch size, after one to warm up.
         max_seconds (`float`, *optional*, defaults to 200):
@@ -51,74 +51,74 @@ def measure_inference(
     begin = time.perf_counter()
     deadline = begin + max_seconds
     bar = tqdm(names, desc="building models", leave=False, disable=disable_tqdm)
-    contenders = [build_contender(name, contest) for name in bar]
-    differences = _compare_outputs(contenders)
+    variants = [build_variant(name, setup) for name in bar]
+    differences = _compare_outputs(variants)
     peaks, notes = {}, []
     if with_memory:
         half = begin + max_seconds / 2
-        peaks, notes = _peak_memory(contenders, contest, max(batch_sizes), half, disable_tqdm)
-    accuracies = {key(one): _accuracy(one, *labelled) for one in contenders} if labelled else {}
+        peaks, notes = _peak_memory(variants, setup, max(batch_sizes), half, disable_tqdm)
+    accuracies = {key(one): _accuracy(one, *labelled) for one in variants} if labelled else {}
     rows = []
     for index, batch_size in enumerate(sorted(batch_sizes)):
         share = (deadline - time.perf_counter()) / (len(batch_sizes) - index)
-        seconds = _time(contenders, batch_size, contest.device, max_rounds, share, disable_tqdm)
-        for contender in contenders:
+        seconds = _time(variants, batch_size, setup.device, max_rounds, share, disable_tqdm)
+        for variant in variants:
             rows.append(
                 {
-                    "model": contender.name,
-                    "precision": contender.precision,
-                    "device": contender.device,
+                    "model": variant.name,
+                    "precision": variant.precision,
+                    "device": variant.device,
                     "batch_size": batch_size,
-                    **_figures(contender, contenders, seconds, batch_size),
-                    "parameters": contender.parameters,
-                    "macs": contender.macs,
-                    "weights_mb": contender.weights_bytes / 1e6,
-                    "peak_memory_mb": peaks.get(key(contender)) if batch_size == max(batch_sizes) else None,
-                    "max_difference": differences.get(key(contender)),
-                    "accuracy": accuracies.get(key(contender)),
+                    **_figures(variant, variants, seconds, batch_size),
+                    "parameters": variant.parameters,
+                    "macs": variant.macs,
+                    "weights_mb": variant.weights_bytes / 1e6,
+                    "peak_memory_mb": peaks.get(key(variant)) if batch_size == max(batch_sizes) else None,
+                    "max_difference": differences.get(key(variant)),
+                    "accuracy": accuracies.get(key(variant)),
                 }
             )
-    return {"rows": rows, "notes": notes, "environment": describe_environment(contest.device)}
+    return {"rows": rows, "notes": notes, "environment": describe_environment(setup.device)}
 
 
-def key(contender: Contender) -> str:
-    """What tells a contender from all others."""
-    return f"{contender.name} {contender.precision}"
+def key(variant: Variant) -> str:
+    """What tells a variant from all others."""
+    return f"{variant.name} {variant.precision}"
 
 
-def _time(contenders, batch_size: int, device: str, max_rounds: int, max_seconds: float, disable_tqdm: bool) -> dict:
+def _time(variants, batch_size: int, device: str, max_rounds: int, max_seconds: float, disable_tqdm: bool) -> dict:
     runs = {}
-    for contender in contenders:
-        images = contender.images(batch_size)
-        runs[key(contender)] = lambda run=contender.run, images=images: run(images)
+    for variant in variants:
+        images = variant.images(batch_size)
+        runs[key(variant)] = lambda run=variant.run, images=images: run(images)
     with tqdm(total=max_rounds + 1, desc=f"rounds of batch {batch_size}", leave=False, disable=disable_tqdm) as bar:
         return interleave(
             runs, max_rounds, warm_up=1, device=device, max_seconds=max_seconds, after_round=bar.update
         )  # fmt: skip
 
 
-def _figures(contender: Contender, contenders: list[Contender], seconds: dict, batch_size: int) -> dict:
-    times = seconds[key(contender)]
-    rivals = [one for one in contenders if one.name == "transformers" and one.precision == contender.precision]
+def _figures(variant: Variant, variants: list[Variant], seconds: dict, batch_size: int) -> dict:
+    times = seconds[key(variant)]
+    plain = [one for one in variants if one.name == "transformers" and one.precision == variant.precision]
     median = statistics.median(times)
     return {
         "images_per_second": batch_size / median,
         "latency_ms": {"median": 1000 * median, "p95": 1000 * percentile(times, 0.95)},
-        "speedup": speedup(seconds[key(contenders[0])], times),
-        "speedup_same_precision": speedup(seconds[key(rivals[0])], times) if rivals else None,
+        "speedup": speedup(seconds[key(variants[0])], times),
+        "speedup_same_precision": speedup(seconds[key(plain[0])], times) if plain else None,
         "rounds": len(times),
     }
 
 
-def _compare_outputs(contenders: list[Contender]) -> dict[str, float]:
+def _compare_outputs(variants: list[Variant]) -> dict[str, float]:
     """Largest difference of a logit between models that should agree: against the first of them, in fp32 if any is."""
-    outputs = {key(one): one.run(one.images(2)).float().cpu() for one in contenders}
+    outputs = {key(one): one.run(one.images(2)).float().cpu() for one in variants}
     references: dict[str, torch.Tensor] = {}
-    for one in sorted(contenders, key=lambda one: one.precision != "fp32"):
+    for one in sorted(variants, key=lambda one: one.precision != "fp32"):
         if one.function:
             references.setdefault(one.function, outputs[key(one)])
     differences = {}
-    for one in contenders:
+    for one in variants:
         if one.function not in references:
             continue
         difference = (outputs[key(one)] - references[one.function]).abs().max().item()
@@ -129,20 +129,20 @@ def _compare_outputs(contenders: list[Contender]) -> dict[str, float]:
 
 
 def _peak_memory(
-    contenders, contest: Contest, batch_size: int, deadline: float, disable_tqdm: bool
+    variants, setup: BenchmarkSetup, batch_size: int, deadline: float, disable_tqdm: bool
 ) -> tuple[dict, list[str]]:
-    """Peak memory in MB by contender, and notes on what was left out: none begins after the deadline."""
-    if contest.device != "cpu":
-        on_device = [one for one in contenders if one.device == contest.device]
+    """Peak memory in MB by variant, and notes on what was left out: none begins after the deadline."""
+    if setup.device != "cpu":
+        on_device = [one for one in variants if one.device == setup.device]
         return {key(one): peak_memory_cuda(one, batch_size) / 1e6 for one in on_device}, []
-    bar = tqdm(total=len(contenders), desc="peak memory", leave=False, disable=disable_tqdm)
+    bar = tqdm(total=len(variants), desc="peak memory", leave=False, disable=disable_tqdm)
     peaks = {}
     try:
-        for one, peak in zip(contenders, peak_memory_cpu(contenders, contest, batch_size), strict=True):
+        for one, peak in zip(variants, peak_memory_cpu(variants, setup, batch_size), strict=True):
             peaks[key(one)] = peak and peak / 1e6
             bar.update()
-            if time.perf_counter() > deadline and len(peaks) < len(contenders):
-                return peaks, [f"Peak memory of {len(contenders) - len(peaks)} models was left out to save time."]
+            if time.perf_counter() > deadline and len(peaks) < len(variants):
+                return peaks, [f"Peak memory of {len(variants) - len(peaks)} models was left out to save time."]
     except OSError as error:
         return {}, [f"No peak memory: {error}"]
     finally:
@@ -150,9 +150,9 @@ def _peak_memory(
     return peaks, []
 
 
-def _accuracy(contender: Contender, images: torch.Tensor, labels: torch.Tensor) -> float:
-    batches = images.to(contender.device, contender.dtype).split(64)
-    predictions = torch.cat([contender.run(batch).argmax(dim=1).cpu() for batch in batches])
+def _accuracy(variant: Variant, images: torch.Tensor, labels: torch.Tensor) -> float:
+    batches = images.to(variant.device, variant.dtype).split(64)
+    predictions = torch.cat([variant.run(batch).argmax(dim=1).cpu() for batch in batches])
     return (predictions == labels).double().mean().item()
 
 

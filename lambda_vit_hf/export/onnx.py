@@ -162,6 +162,8 @@ def compare_onnx(model: nn.Module, path: str | Path, images: torch.Tensor, num_t
 def _check_exportable(model: nn.Module) -> None:
     if model.training:
         raise ValueError("Export a model in eval mode: call `model.eval()` first.")
+    if getattr(model, "newly_initialized_head", False):
+        raise ValueError("The class head of this model is new: its logits would be random. Train it, then export.")
 
 
 def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:
@@ -172,6 +174,8 @@ def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(3, model.config.num_channels, height, width, generator=generator)
+    if not len(images):
+        raise ValueError("There is no image to compare the exported model on: give at least one.")
     return images.to(parameter.device, parameter.dtype)
 
 
@@ -182,7 +186,8 @@ def _example(images: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _compare(model: nn.Module, run, images: torch.Tensor, path: Path) -> ExportCheck:
-    batches = [images[:1], *images[1:].split(32)]  # batch sizes that were not traced
+    rest = images[1:].split(32) if len(images) > 1 else ()
+    batches = [images[:1], *rest]  # batch sizes that were not traced
     expected = torch.cat([LogitsOnly(model)(batch).float().cpu() for batch in batches])
     found = torch.cat([run(batch).float().cpu() for batch in batches])
     agreement = (expected.argmax(dim=1) == found.argmax(dim=1)).double().mean().item()

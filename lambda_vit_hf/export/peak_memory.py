@@ -7,29 +7,29 @@ from pathlib import Path
 
 import torch
 
-from .contenders import Contender, Contest, build_contender
+from .variants import BenchmarkSetup, Variant, build_variant
 
 
-def peak_memory_cuda(contender: Contender, batch_size: int) -> int:
-    """Peak of PyTorch's allocations during inference, in bytes: the contender's weights and what the batch needs."""
-    images = contender.images(batch_size)
+def peak_memory_cuda(variant: Variant, batch_size: int) -> int:
+    """Peak of PyTorch's allocations during inference, in bytes: the variant's weights and what the batch needs."""
+    images = variant.images(batch_size)
     device = images.device
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        contender.run(images)
+        variant.run(images)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before + contender.weights_bytes
+    return torch.cuda.max_memory_allocated(device) - before + variant.weights_bytes
 
 
-def peak_memory_cpu(contenders: list[Contender], contest: Contest, batch_size: int) -> Iterator[int | None]:
+def peak_memory_cpu(variants: list[Variant], setup: BenchmarkSetup, batch_size: int) -> Iterator[int | None]:
     """
     Peak resident memory during inference on the CPU, in bytes, beyond that of a process with the libraries loaded:
-    weights, activations, and what the engine keeps. Each contender is built again in a process of its own.
+    weights, activations, and what the engine keeps. Each variant is built again in a process of its own.
 
     Yields:
-        `int`, in the order of `contenders`; `None` where a compiler shares the process: its memory would count too.
+        `int`, in the order of `variants`; `None` where a compiler shares the process: its memory would count too.
 
     Raises:
         OSError: where there is no `/proc` to read it from.
@@ -40,12 +40,12 @@ def peak_memory_cpu(contenders: list[Contender], contest: Contest, batch_size: i
     # Libraries are loaded once; each process is a fork of one that has done nothing else yet.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "timm.models.vision_transformer", "onnxruntime"])
-    settings = {name: getattr(contest, name) for name in contest.__dataclass_fields__}
-    for contender in contenders:
-        if {"exported", "compiled"} & set(contender.name.split("+")):
+    settings = {name: getattr(setup, name) for name in setup.__dataclass_fields__}
+    for variant in variants:
+        if {"exported", "compiled"} & set(variant.name.split("+")):
             yield None
             continue
-        name = str(contender.file or f"{contender.name}+{contender.precision}")
+        name = str(variant.file or f"{variant.name}+{variant.precision}")
         receiver, sender = context.Pipe(duplex=False)
         arguments = (sender, name, settings, batch_size, torch.get_num_threads())
         process = context.Process(target=_measure, args=arguments)
@@ -59,16 +59,16 @@ def peak_memory_cpu(contenders: list[Contender], contest: Contest, batch_size: i
             process.join()
 
 
-def _measure(sender, name: str, contest: dict, batch_size: int, threads: int) -> None:
+def _measure(sender, name: str, setup: dict, batch_size: int, threads: int) -> None:
     torch.set_num_threads(threads)
     gc.collect()
     loaded = _memory("VmRSS")
-    contender = build_contender(name, Contest(**contest))
-    images = contender.images(batch_size)
+    variant = build_variant(name, BenchmarkSetup(**setup))
+    images = variant.images(batch_size)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     with torch.inference_mode():
-        contender.run(images)
+        variant.run(images)
     sender.send(_memory("VmHWM") - loaded)
 
 

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ _INDEX = "model.safetensors.index.json"
 PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
-    *("blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py"),  # remote code
-    *("modeling_lambda_vit.py", "pretrained_model.py", "removal.py"),  # remote code
+    # Remote code: what `save_pretrained` copies, today and (merging, removal) in older versions.
+    *sorted(path.name for path in resources.files("lambda_vit_hf.models").iterdir() if path.suffix == ".py"),
+    *("merging.py", "removal.py"),
 )
 _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.
@@ -77,7 +79,7 @@ def push_folder(
         force (`bool`, *optional*, defaults to `False`): Push even if lambda is not 1 where attention is left.
         dry_run (`bool`, *optional*, defaults to `False`): Check the folder and list the files, without any request.
         max_attempts (`int`, *optional*, defaults to 5): How often to try when the Hub is busy (409 "another
-            conflicting operation", 412, 429, 503) or the connection breaks. 401 and 403 are never tried again.
+            conflicting operation", 412, 429, 500, 502, 503, 504) or the connection breaks; 401 and 403 are final.
         first_wait (`float`, *optional*, defaults to 1.0): Seconds before the second attempt, doubled for each further
             one. A `Retry-After` of the Hub goes first, up to 300 s.
 
@@ -93,15 +95,15 @@ def push_folder(
     {'config.json': 802, 'model.safetensors': 412040, 'preprocessor_config.json': 455}
     ```
     """
-    given = {name: value for name, value in locals().items() if name not in ("folder", "repo_id", "token")}
     validate_repo_id(repo_id)
     paths = check_folder(folder, force=force)
     files = {path.name: path.stat().st_size for path in paths}
     if dry_run:
         return PushResult(files)
-    changed = [f", {name}={given[name]!r}" for name in given if given[name] != push_folder.__kwdefaults__[name]]
-    arguments = f"{str(folder)!r}, {repo_id!r}{''.join(changed)}{', token=token' if token else ''}"
-    go_on = f"To go on: lambda_vit_hf.hub.push.push_folder({arguments})"
+    given = {"private": private, "revision": revision, "create_pr": create_pr, "force": force}
+    options = {name: value for name, value in given.items() if value} | {"commit_message": commit_message}
+    arguments = [repr(str(folder)), repr(repo_id), *(f"{name}={value!r}" for name, value in options.items())]
+    go_on = f"To go on: lambda_vit_hf.hub.push.push_folder({', '.join(arguments + ['token=token'] * bool(token))})"
     if is_offline_mode():
         raise PushError(f"Cannot push to {repo_id} offline: unset HF_HUB_OFFLINE and start again.\n{go_on}")
     api = HfApi(token=token)
@@ -125,15 +127,26 @@ def push_folder(
     return PushResult(files, info.commit_url, info.pr_url)
 
 
+def is_for_the_hub(name: str) -> bool:
+    """Whether a file of a model's folder serves others; see `PUSHED_FILES`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PUSHED_FILES)
+
+
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
     """The files of a model's folder that are for others, after a look at every weight. Raises as [`push_folder`]."""
     folder, diluted, kept = Path(folder), {}, set()
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
-    paths = [path for name, path in found.items() if any(fnmatch.fnmatchcase(name, p) for p in PUSHED_FILES)]
+    paths = [path for name, path in found.items() if is_for_the_hub(name)]
     shards = json.loads(found[_INDEX].read_text("utf-8"))["weight_map"] if _INDEX in found else {}
     missing = {"config.json", *(shards.values() or ["model.safetensors"])} - set(found)
     if missing:
         raise ValueError(f"{folder} is no whole model: it lacks {sorted(missing)}. Write it with `save_pretrained`.")
+    config = json.loads(found["config.json"].read_text("utf-8"))
+    if "attention_flags" not in config:
+        raise ValueError(
+            f"{folder} holds a model of type {config.get('model_type')!r}, not a LambdaViT: `push_folder` checks and"
+            " sends LambdaViTs. Push it with its own `push_to_hub`, or load it with a LambdaViT class and save that."
+        )
     for path in (path for path in paths if path.suffix == ".safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
@@ -146,7 +159,7 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
                         diluted[key] = tensor.item()
         except SafetensorError as error:
             raise ValueError(f"{path} is cut short or damaged ({error}). Save the model again.") from error
-    flags = json.loads(found["config.json"].read_text("utf-8")).get("attention_flags") or []
+    flags = config["attention_flags"] or []
     if kept != {layer for layer, flag in enumerate(flags) if flag}:
         raise ValueError(
             f"{folder} mixes two models: its weights have attention in layers {sorted(kept)}, but the"
@@ -208,12 +221,14 @@ def _with_retries(what, call, *, go_on, max_attempts, first_wait, is_repeatable=
 
 def _outlook(error: Exception) -> tuple[bool, bool, int]:
     """May it go well later; may it have had its effect all the same; seconds that the Hub asks to wait."""
+    if isinstance(error, json.JSONDecodeError):  # an answer without a body
+        return True, True, 0
     if not isinstance(error, _HTTPError):
         return False, False, 0
     response = getattr(error, "response", None)
     status, seconds = getattr(response, "status_code", None), getattr(response, "headers", {}).get("Retry-After", "")
     path = (error if response is None else response).request.url.path
-    is_lost = status in (None, 503)
+    is_lost = status in (None, 500, 502, 503, 504)
     is_busy = status in (412, 429) or (status == 409 and _CONFLICT in str(error))
     is_retried_already = any(part in path for part in ("/preupload/", "/info/lfs/"))  # by huggingface_hub
     return (is_lost or is_busy) and not is_retried_already, is_lost, int(seconds) if seconds.isdigit() else 0

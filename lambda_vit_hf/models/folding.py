@@ -127,7 +127,7 @@ def _exact_quotient(where: str, parameter: torch.Tensor, divisor: float) -> torc
     # float16 has so few exponents that trained weights reach its subnormals before any division. An error there is
     # allowed up to the rounding of the tensor's largest value; other formats must be exact.
     allowed = parameter.abs().max() * 2.0**-11 if parameter.dtype is torch.float16 else 0.0
-    if not (error <= allowed).all():
+    if not (quotient.is_meta or (error <= allowed).all()):
         raise ValueError(
             f"Folding divides weights of {where} by {divisor:g}, which {parameter.dtype} cannot hold. Fold in float32"
             " or bfloat16, then convert."

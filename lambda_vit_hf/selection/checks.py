@@ -44,10 +44,10 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
     return dataclasses.replace(config, output=config.output or output)
 
 
-def check_model(model) -> None:
+def check_is_ours(model) -> None:
     """
     Raises:
-        ValueError: if it is of no Lambda family, or half-way diluted.
+        ValueError: if it is of no Lambda family.
     """
     if not isinstance(model, LambdaPreTrainedModel):
         name = type(model).__name__
@@ -60,6 +60,14 @@ def check_model(model) -> None:
         inner = [path for path, module in modules if isinstance(module, LambdaPreTrainedModel)]
         hint = f"pass `model.{inner[0]}`" if inner else "load it with a class such as LambdaViTForImageClassification"
         raise ValueError(f"Expected a model such as LambdaViT, got {name}: {hint}.")
+
+
+def check_model(model) -> None:
+    """
+    Raises:
+        ValueError: if it is of no Lambda family, or half-way diluted.
+    """
+    check_is_ours(model)
     diluting = {layer: value for layer, value in enumerate(model.attention_lambdas) if value not in (None, 1.0)}
     if diluting:
         raise ValueError(

@@ -2,12 +2,20 @@
 
 import argparse
 import dataclasses
+import logging
 import os
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from .dilution import DilutionConfig
+from .recipes import find_recipe, read_recipe, take_recipe
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,14 +34,16 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels; of a checkpoint, positions are interpolated."}
+        default=None, metadata={"help": "Height and width in pixels; a checkpoint's positions are interpolated."}
     )
-    patch_size: int = field(default=16, metadata={"help": "New model: pixels per patch side."})
-    hidden_size: int = field(default=192, metadata={"help": "New model: width."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "New model: layers."})
-    num_attention_heads: int = field(default=3, metadata={"help": "New model: attention heads."})
-    intermediate_size: int = field(default=768, metadata={"help": "New model: width of the MLP."})
-    initializer_range: float = field(default=0.02, metadata={"help": "New model: spread of the initial weights."})
+    patch_size: int | None = field(default=None, metadata={"help": "New model: pixels per patch side (16)."})
+    hidden_size: int | None = field(default=None, metadata={"help": "New model: width (192)."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "New model: layers (12)."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "New model: attention heads (3)."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "New model: width of the MLP (768)."})
+    initializer_range: float | None = field(
+        default=None, metadata={"help": "New model: spread of the initial weights (0.02)."}
+    )
     base_num_train_epochs: float = field(
         default=10.0, metadata={"help": "New model or classifier: epochs before removal begins."}
     )
@@ -96,8 +106,8 @@ class RemovalArguments:
     """Which attention layers go, and how."""
 
     removal_ratio: float | None = field(default=None, metadata={"help": "Fraction of attention layers, in [0, 1]."})
-    num_layers: int | None = field(default=None, metadata={"help": "Number of attention layers to remove."})
-    layers: list[int] | None = field(default=None, metadata={"help": "The layers to remove, 0-based."})
+    num_removed_layers: int | None = field(default=None, metadata={"help": "Number of attention layers to remove."})
+    removed_layers: list[int] | None = field(default=None, metadata={"help": "The layers to remove, 0-based."})
     strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, beam, cosine, last, ..."})
     calibration_size: int = field(default=512, metadata={"help": "Training images to select on."})
     output: str | None = field(default=None, metadata={"help": "Measured: class_head, class_token or token_mean."})
@@ -107,6 +117,24 @@ class RemovalArguments:
     hold_share: float = field(default=0.25, metadata={"help": "Share of training, at its end, with lambda = 0."})
     granularity: str = field(default="step", metadata={"help": "Lambda changes every step or every epoch."})
     fold: bool = field(default=True, metadata={"help": "Fold the removed identity into the weights."})
+
+    def amount(self) -> dict:
+        """How many layers, or which."""
+        return {
+            "removal_ratio": self.removal_ratio,
+            "num_removed_layers": self.num_removed_layers,
+            "removed_layers": self.removed_layers,
+        }
+
+    def selection_config(self, seed: int = 0):
+        """How layers are chosen, as [`SelectionConfig`]."""
+        from ..selection.config import SelectionConfig  # here, for --help need not wait for it
+
+        return SelectionConfig(self.strategy, self.output, self.mask, self.compare, self.calibration_size, seed)
+
+    def dilution_config(self) -> DilutionConfig:
+        """How attention fades."""
+        return DilutionConfig(self.schedule, self.hold_share, self.granularity, self.fold)
 
 
 @dataclass
@@ -157,57 +185,87 @@ PROGRAM_ARGUMENTS = [
 ]
 
 # Of each group, what the command line names replaces what the recipe says.
-_EXCLUSIVE = (("removal_ratio", "num_layers", "layers"), ("dataset_name", "dataset_dir", "train_dir"),
-              ("dataset_name", "dataset_dir", "validation_dir"))  # fmt: skip
+_EXCLUSIVE = (
+    ("removal_ratio", "num_removed_layers", "removed_layers"),
+    ("dataset_name", "dataset_dir", "train_dir"),
+    ("dataset_name", "dataset_dir", "validation_dir"),
+)
+# What a recipe says of the model it makes; a checkpoint named on the command line has its own.
+_SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+          "initializer_range")  # fmt: skip
+# Names of before, accepted for one release.
+_RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
 
 
-def parse_arguments(argv: list[str], argument_types: list[type]) -> tuple:
+class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The description's commands line by line, and the default of every field."""
+
+
+def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parser_options) -> tuple:
     """
-    Dataclasses from `[recipe.yaml] [--field value ...]`.
+    Dataclasses from a recipe and `--field value ...`, in any order; the command line wins.
 
     Args:
-        argv (`list[str]`): command line without the program's name.
-        argument_types (`list[type]`): dataclasses whose fields are the options.
+        argv (`Sequence[str]`): command line without the program's name.
+        argument_types (`Sequence[type]`): dataclasses whose fields are the options.
+        parser_options: of `argparse.ArgumentParser`, such as `prog` and `description`.
 
     Returns:
         One instance of each of `argument_types`.
 
     Raises:
         FileNotFoundError: if the recipe does not exist.
-        ValueError: if the recipe is not a mapping, or names an unknown field.
+        ValueError: if the recipe is not a mapping, or an unknown field is named.
     """
-    parser = HfArgumentParser(argument_types)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = _read_recipe(Path(argv[0]))
-        argv = argv[1:]
-        known = {field.name for kind in argument_types for field in dataclasses.fields(kind)}
-        unknown = sorted(set(recipe) - known)
+    parser = _new_parser(argument_types, **parser_options)
+    recipe, argv = take_recipe(argv, parser)
+    used = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    if recipe is not None:
+        values = read_recipe(find_recipe(recipe))
+        used += values
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
+        unknown = sorted(set(values) - {field.name for kind in argument_types for field in dataclasses.fields(kind)})
         if unknown:
-            raise ValueError(f"The recipe sets unknown fields: {unknown}. `--help` lists the known ones.")
-        given = _given_fields(argv, argument_types)
-        for group in _EXCLUSIVE:
-            if given & set(group):
-                recipe = {name: value for name, value in recipe.items() if name not in group}
-        for action in parser._actions:
-            action.required = action.required and action.dest not in recipe
-        # As text, so that argparse converts and checks a recipe's values as it does the command line's.
-        parser.set_defaults(**{name: value if isinstance(value, (bool, list, dict)) or value is None else str(value)
-                               for name, value in recipe.items()})  # fmt: skip
+            raise ValueError(f"The recipe {recipe} sets unknown fields: {unknown}. `--help` lists the known ones.")
+        _set_defaults(parser, values, _given_fields(argv, argument_types))
+    for name in _RENAMED.keys() & set(used):
+        message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
+        warnings.warn(message, FutureWarning, stacklevel=2)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
-def _given_fields(argv: list[str], argument_types: list[type]) -> set[str]:
+def _new_parser(argument_types: Sequence[type], **options) -> HfArgumentParser:
+    parser = HfArgumentParser(argument_types, formatter_class=_HelpFormatter, **options)
+    actions = {action.dest: action for action in parser._actions}
+    for old, new in _RENAMED.items():
+        if new in actions:
+            parser._option_string_actions |= {f"--{old}": actions[new], f"--{old.replace('_', '-')}": actions[new]}
+    return parser
+
+
+def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> None:
+    for group in _EXCLUSIVE:
+        if given & set(group):
+            values = {name: value for name, value in values.items() if name not in group}
+    if "model_name_or_path" in given:
+        of_another = [name for name in _SHAPE if name in values and name not in given]
+        values = {name: value for name, value in values.items() if name not in of_another}
+        if of_another:
+            logger.warning(
+                "Left out, for they are of the recipe's own model: %s. The checkpoint keeps its shape; --image_size"
+                " interpolates its positions.",
+                ", ".join(of_another),
+            )
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
+    # As text, so that argparse converts and checks a recipe's values as it does the command line's.
+    parser.set_defaults(**{name: value if isinstance(value, (bool, list, dict)) or value is None else str(value)
+                           for name, value in values.items()})  # fmt: skip
+
+
+def _given_fields(argv: Sequence[str], argument_types: Sequence[type]) -> set[str]:
     """Fields that a command line sets, however it spells them."""
-    parser = HfArgumentParser(argument_types)
+    parser = _new_parser(argument_types)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return set(vars(parser.parse_known_args(argv)[0]))
-
-
-def _read_recipe(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"The recipe {path} does not exist.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
-    return recipe

@@ -15,28 +15,31 @@ from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
+EMA_FILE = "ema.safetensors"  # of EmaCallback, beside the weights
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str | None:
     """
-    Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole.
+    Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole. One of a run with
+    [`EmaCallback`] is whole only with the average of the weights.
 
     Args:
         checkpoint (`str` or `Path`): the folder `checkpoint-N`.
-        needed (`tuple[str]`, *optional*): safetensors files it must have besides the model's, such as an average of
-            the weights, written after everything else.
+        needed (`tuple[str]`, *optional*): more safetensors files that it must have.
     """
     checkpoint = Path(checkpoint)
     try:
         # Written last: a checkpoint without it was interrupted.
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        averages = "EmaCallback" in (state.get("stateful_callbacks") or {})
         json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
-    except ValueError:
-        return "trainer_state.json or config.json is cut short"
+    except (ValueError, AttributeError):
+        return "trainer_state.json or config.json is cut short or damaged"
+    needed = {*needed, *([EMA_FILE] if averages else [])}
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -44,7 +47,7 @@ def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str 
         names = {path.name for path in checkpoint.glob("model*.safetensors")}
     if not names:
         return "no weights"
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    missing = [name for name in sorted(needed) if not (checkpoint / name).is_file()]
     if missing:
         return f"no {missing[0]}"
     names.update(needed)

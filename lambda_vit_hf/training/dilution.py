@@ -5,6 +5,7 @@ never rising. The phase covers the first part of training; the pruned network tr
 Source: Lin et al., CVPR 2024, section 3.3; the authors' code: lambda(epoch) = max(0, 1 - epoch / 299), 400 epochs.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,57 @@ def cosine(progress: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "cosine": cosine}
+GRANULARITIES = ("step", "epoch")
+
+
+@dataclass(frozen=True)
+class DilutionConfig:
+    """
+    How attention fades into the identity during training, and what is left of it. Immutable; holds plain values.
+
+    Args:
+        schedule (`str`, *optional*, defaults to `"linear"`): lambda falls `"linear"` or `"cosine"`.
+        hold_share (`float`, *optional*, defaults to 0.25): share of training, at its end, with lambda = 0; in [0, 1).
+        granularity (`str`, *optional*, defaults to `"step"`): lambda changes every `"step"` or every `"epoch"`.
+        fold (`bool`, *optional*, defaults to `True`): fold the removed layers' identity into the weights.
+
+    Raises:
+        ValueError: on a value that is none of these.
+    """
+
+    schedule: str = "linear"
+    hold_share: float = 0.25
+    granularity: str = "step"
+    fold: bool = True
+
+    def __post_init__(self):
+        for name, kind in (("schedule", str), ("hold_share", float), ("granularity", str), ("fold", bool)):
+            object.__setattr__(self, name, kind(getattr(self, name)))  # a numpy value would not go into JSON
+        for name, allowed in (("schedule", sorted(SCHEDULES)), ("granularity", list(GRANULARITIES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not 0.0 <= self.hold_share < 1.0:
+            raise ValueError(f"`hold_share` must lie in [0, 1), got {self.hold_share}.")
+
+    def to_dict(self) -> dict:
+        """JSON-serialisable."""
+        return dataclasses.asdict(self)
+
+    def schedule_for(self, total_steps: int, steps_per_epoch: int | None = None) -> "DilutionSchedule":
+        """
+        Lambda for each step of a training.
+
+        Args:
+            total_steps (`int`): optimizer steps of the whole training.
+            steps_per_epoch (`int`, *optional*): optimizer steps of an epoch, for `granularity="epoch"`.
+
+        Raises:
+            ValueError: if lambda cannot reach 0 within `total_steps`, or an epoch has no known length.
+        """
+        if self.granularity == "epoch" and steps_per_epoch is None:
+            raise ValueError("A dataset without length has no epochs: use `granularity='step'`.")
+        per_update = steps_per_epoch if self.granularity == "epoch" else 1
+        return DilutionSchedule(total_steps, self.hold_share, self.schedule, per_update)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
+from .checkpoints import EMA_FILE
 from .guards import check_model_is_whole, check_weights_agree
 
 
 logger = logging.getLogger(__name__)
-
-EMA_FILE = "ema.safetensors"
 
 
 class EmaCallback(TrainerCallback, ExportableState):
@@ -29,7 +28,8 @@ class EmaCallback(TrainerCallback, ExportableState):
     Which weights are where:
 
     - training goes on with the raw weights; a checkpoint's `model.safetensors` holds these, and `ema.safetensors`
-      beside it the average. A resumed run reads both, and continues to the bit;
+      beside it the average. A resumed run reads both, and continues to the bit. With the plain `Trainer` resume from
+      what [`find_resumable_checkpoint`] finds;
     - evaluation during training runs on the average (on the raw weights with `use_for_evaluation=False`);
     - `trainer.train()` leaves the average in the model, of the best checkpoint with `load_best_model_at_end`. So what
       is evaluated, saved and pushed afterwards is the average.
@@ -72,18 +72,16 @@ class EmaCallback(TrainerCallback, ExportableState):
         self.average = None
         self.resume_from: str | Path | None = None
         self._raw_weights: list[torch.Tensor] | None = None  # of the model, while it holds the average
-        self._checkpoint: Path | None = None  # where the Trainer will save, if it saves now
-        self._step = 0
+        self._saved: Path | None = None  # the checkpoint that the average was written to last
 
     def state(self) -> dict:
         """
-        What a checkpoint keeps of this callback. The average goes into a file beside `trainer_state.json`.
+        What a checkpoint keeps of this callback in `trainer_state.json`. The average stands in a file beside it.
 
-        The Trainer asks for it while saving: after the weights, before `trainer_state.json`, which makes a checkpoint
-        whole, and before it deletes older ones. `on_save` would come too late for a run killed in between.
+        Raises:
+            RuntimeError: while the model holds the average, which must not be saved as the weights to train on.
         """
-        if self._checkpoint is not None:
-            self._write_average()
+        self._check_raw()
         return {"args": {"decay": self.decay, "use_for_evaluation": self.use_for_evaluation}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -95,11 +93,10 @@ class EmaCallback(TrainerCallback, ExportableState):
         self.average = ModelEmaV3(
             model, self.decay, exclude_buffers=True, dtype=torch.float32 if is_half else None
         ).requires_grad_(False)
-        self._raw_weights = self._checkpoint = None
+        self._raw_weights = self._saved = None
         if state.global_step > 0:
             self._check_settings(state)
             self._read_average(self._resumed_checkpoint(args, state), state.global_step)
-        self._remember_checkpoint(args, state)
         evaluated = "averaged" if self.use_for_evaluation else "raw"
         logger.info("Averaging weights with decay %s; evaluations during training: %s weights.", self.decay, evaluated)
         if args.eval_on_start and self.use_for_evaluation:
@@ -109,7 +106,6 @@ class EmaCallback(TrainerCallback, ExportableState):
         self.average.update(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._remember_checkpoint(args, state)
         self._prepare_evaluation(args, state, control, model, DefaultFlowCallback().on_step_end)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -129,6 +125,26 @@ class EmaCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._check_raw()
 
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and self._saved != checkpoint and checkpoint.is_dir():
+            self.write_average(checkpoint, state.global_step)
+
+    def write_average(self, checkpoint: Path, step: int) -> None:
+        """
+        Write the average of a step into a checkpoint's folder.
+
+        [`LambdaViTTrainerMixin`] calls it before the checkpoint is whole. Under the plain `Trainer` it comes last, and
+        a run killed in between leaves a checkpoint that [`find_resumable_checkpoint`] passes over.
+        """
+        self._check_raw()
+        path = checkpoint / EMA_FILE
+        tensors = {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()}
+        temporary = path.with_name(f"{EMA_FILE}.part")
+        save_file(tensors, temporary, metadata={"format": "pt", "global_step": str(step)})
+        os.replace(temporary, path)
+        self._saved = checkpoint
+
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._check_raw()
         now, averaged = (
@@ -146,7 +162,7 @@ class EmaCallback(TrainerCallback, ExportableState):
             PartialState().wait_for_everyone()  # the main process may still be writing it
             self._read_average(Path(state.best_model_checkpoint), state.best_global_step)
         self._put_average_into(model)
-        self.average = self._raw_weights = self._checkpoint = None
+        self.average = self._raw_weights = None
         logger.info("The model now holds the averaged weights.")
 
     @property
@@ -177,17 +193,6 @@ class EmaCallback(TrainerCallback, ExportableState):
         if isinstance(given, (str, Path)) and Path(given).is_dir():
             return Path(given)
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-    def _remember_checkpoint(self, args, state) -> None:
-        self._checkpoint, self._step = Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
-
-    def _write_average(self) -> None:
-        self._check_raw()
-        path = self._checkpoint / EMA_FILE
-        tensors = {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()}
-        temporary = path.with_name(f"{EMA_FILE}.part")
-        save_file(tensors, temporary, metadata={"format": "pt", "global_step": str(self._step)})
-        os.replace(temporary, path)
 
     def _read_average(self, checkpoint: Path, step: int) -> None:
         path = checkpoint / EMA_FILE

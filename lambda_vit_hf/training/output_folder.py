@@ -9,7 +9,6 @@ from accelerate import PartialState
 
 from .arguments import LambdaTrainingArguments
 from .checkpoints import find_resumable_checkpoint, num_processes_of, what_is_broken
-from .ema import EMA_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,6 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
     path = Path(training_args.output_dir)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output folder {path} is a file.")
-    needed = (EMA_FILE,) if training_args.ema_decay else ()
     wish = str(training_args.resume_from_checkpoint or "false")
     if wish.lower() == "false":
         if path.is_dir() and any(path.iterdir()) and not training_args.overwrite_output_dir:
@@ -100,7 +98,7 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
             )
         return OutputFolder(path)
     if wish.lower() != "true":
-        problem = what_is_broken(wish, needed)
+        problem = what_is_broken(wish)
         if problem:
             raise ValueError(f"Cannot resume from {wish}: {problem}.")
         if Path(wish).resolve().parent.name == "base-training":
@@ -112,7 +110,7 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
         if others:
             raise FileExistsError(f"The output folder {path} holds checkpoints of another run: {others[0].name}.")
     else:
-        folder = OutputFolder(path, checkpoint=find_resumable_checkpoint(path, needed), resuming=True)
+        folder = OutputFolder(path, checkpoint=find_resumable_checkpoint(path), resuming=True)
         if folder.checkpoint is None and not folder.base.is_dir():
             folder.base_checkpoint = find_resumable_checkpoint(folder.base_training)
     if folder.source_checkpoint is not None:

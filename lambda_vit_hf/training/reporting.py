@@ -13,9 +13,8 @@ from ..data.decoding import UnreadableImageError, decode_image
 from ..evaluation.accounting import count_macs, count_parameters, summarize
 from ..evaluation.plotting import plot_layer_entropies, plot_training
 from ..evaluation.throughput import describe_environment, images_per_second
-from ..hub.model_card import comparison_rows, facts_of_training, hub_base_model, write_model_card
+from ..hub.facts import comparison_rows, hub_base_model
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
-from ..selection.select import AttentionSelection
 from .callback import EntropyGuidedRemovalCallback
 
 
@@ -25,7 +24,7 @@ BATCH_SIZE = 64
 def write_report(
     trainer: Trainer,
     base: LambdaViTForImageClassification,
-    selection: AttentionSelection,
+    removal: EntropyGuidedRemovalCallback,
     base_accuracy: float,
     accuracy: float,
     dataset: str | None = None,
@@ -39,7 +38,7 @@ def write_report(
     Args:
         trainer (`Trainer`): after training; its model is the removed one and is saved in its output folder.
         base ([`LambdaViTForImageClassification`]): the model before removal.
-        selection ([`AttentionSelection`]): the layers removed, and why.
+        removal ([`EntropyGuidedRemovalCallback`]): knows the layers removed and why, and writes the card.
         base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
         dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
         base_model (`str`, *optional*): checkpoint started from; the card names it if it came from the Hub.
@@ -48,7 +47,7 @@ def write_report(
     Returns:
         The contents of `metrics.json`.
     """
-    model, output_dir = trainer.model, Path(trainer.args.output_dir)
+    model, selection, output_dir = trainer.model, removal.selection, Path(trainer.args.output_dir)
     metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
     metrics["layers"] = selection.layers
     metrics["unreadable_images"] = unreadable or {}
@@ -64,20 +63,18 @@ def write_report(
         plot_layer_entropies(selection, output_dir / "entropy.png")
     rows = comparison_rows(metrics)
     environment = metrics["environment"]
-    known = {
-        "rows": rows,
-        "dataset": dataset,
-        "split": "validation",
-        "accuracy": accuracy,
-        "measured_on": f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
-        "base_model": base_model and hub_base_model(model.config),
-        "pictures": pictures,
-    }
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, EntropyGuidedRemovalCallback):
-            # It knows more, and writes the card that `trainer.push_to_hub()` pushes.
-            known = callback.card_facts = {**callback.card_facts, **known}
-    write_model_card(output_dir, facts_of_training(trainer.args, trainer.state, model, selection, **known))
+    removal.write_card(
+        trainer.args,
+        trainer.state,
+        model,
+        rows=rows,
+        dataset=dataset,
+        split="validation",
+        accuracy=accuracy,
+        measured_on=f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
+        base_model=base_model and hub_base_model(model.config),
+        pictures=pictures,
+    )
     print(f"\n{summarize(model)}\n\n{text_table(rows)}")
     for split, count in metrics["unreadable_images"].items():
         if count:

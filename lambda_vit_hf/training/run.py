@@ -18,7 +18,6 @@ from .arguments import (
     RemovalArguments,
 )
 from .callback import EntropyGuidedRemovalCallback
-from .dilution import DilutionSchedule
 from .ema import EmaCallback
 from .guards import SaveOnSigterm, StopOnNonFiniteGradient
 from .losses import DistillationLoss
@@ -67,7 +66,10 @@ def run_training(
     images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)
     _scale_learning_rates(model_args, training_args)
     removal = EntropyGuidedRemovalCallback(
-        **vars(removal_args), calibration_dataset=images.calibration(removal_args.calibration_size)
+        **removal_args.amount(),
+        calibration_dataset=images.calibration(removal_args.calibration_size),
+        selection=removal_args.selection_config(training_args.seed),
+        dilution=removal_args.dilution_config(),
     )
     common = dict(
         train_dataset=images.train,
@@ -105,7 +107,7 @@ def run_training(
         metrics = write_report(
             trainer,
             base,
-            removal.selection,
+            removal,
             base_accuracy,
             accuracy,
             data_args.dataset_name,
@@ -185,8 +187,7 @@ def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalAr
     ]
     if steps_per_epoch is None and by_epoch:
         raise ValueError(f"A stream of unknown length has no epochs, but {', '.join(by_epoch)} need them.")
-    per_update = steps_per_epoch if removal_args.granularity == "epoch" else 1
-    dilution = DilutionSchedule(total_steps, removal_args.hold_share, removal_args.schedule, per_update)
+    dilution = removal_args.dilution_config().schedule_for(total_steps, steps_per_epoch)
     decay, hold = trainer.args.ema_decay, total_steps - dilution.first_zero_step
     if decay is not None and 1 / (1 - decay) > hold:
         raise ValueError(

@@ -14,14 +14,15 @@ from .output_folder import OutputFolder
 
 logger = logging.getLogger(__name__)
 
-_SHAPE = (
-    "patch_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "initializer_range",
-)
+# Shape of a new model, where it is not given.
+_SHAPE = {
+    "patch_size": 16,
+    "hidden_size": 192,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "initializer_range": 0.02,
+}
 _OPTIONAL = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_implementation")
 
 
@@ -43,7 +44,7 @@ def load_starting_model(
         evaluation_crop (`float`, *optional*): see [`with_evaluation_crop`].
 
     Raises:
-        ValueError: if the checkpoint has another number of classes, or would be deleted.
+        ValueError: if the checkpoint has another number of classes or another shape, or would be deleted.
         OSError: if the checkpoint has no image processor.
         FileNotFoundError: if the base model of the run to resume is gone.
     """
@@ -52,6 +53,7 @@ def load_starting_model(
         "label2id": {name: index for index, name in enumerate(class_names)},
     }
     given = {name: getattr(model_args, name) for name in _OPTIONAL if getattr(model_args, name) is not None}
+    shape = {name: getattr(model_args, name) for name in _SHAPE if getattr(model_args, name) is not None}
     source = model_args.model_name_or_path
     if folder.base.is_dir() and not overwrite:
         source = str(folder.base)
@@ -60,12 +62,13 @@ def load_starting_model(
             f"The run of {folder.checkpoint} trained a base model, but {folder.base} is gone: start anew."
         )
     if source is None:
-        config = LambdaViTConfig(**{name: getattr(model_args, name) for name in _SHAPE}, **labels, **given)
+        config = LambdaViTConfig(**{**_SHAPE, **shape}, **labels, **given)
         model, is_new = LambdaViTForImageClassification(config), True
         processor = ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
     else:
         if overwrite:
             _check_it_stays(Path(source), folder)
+        _check_shape(source, shape)
         model, is_new = _load(source, model_args.ignore_mismatched_sizes, labels, given)
         processor = _load_processor(source, model_args.image_size)
     return model, processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop), is_new
@@ -77,21 +80,35 @@ def _check_it_stays(source: Path, folder: OutputFolder) -> None:
         raise ValueError(f"--overwrite_output_dir would delete {source}, the model to start from.")
 
 
+def _check_shape(source: str, shape: dict) -> None:
+    stored = LambdaViTConfig.from_pretrained(source)
+    other = {name: (getattr(stored, name), value) for name, value in shape.items() if getattr(stored, name) != value}
+    other.pop("initializer_range", None)  # of weights that are loaded
+    if other:
+        raise ValueError(
+            f"{source} has a shape of its own, another one was given (checkpoint, given): {other}. Leave these out, or"
+            " leave --model_name_or_path out to train a new model. Only --image_size can be changed."
+        )
+
+
 def _load(source: str, ignore_mismatched_sizes: bool, labels: dict, given: dict):
     stored = LambdaViTConfig.from_pretrained(source)
-    is_other_task = stored.num_labels != len(labels["id2label"])
-    if is_other_task and not ignore_mismatched_sizes:
-        raise ValueError(
-            f"{source} has {stored.num_labels} classes, the dataset has {len(labels['id2label'])}. Pass"
-            " --ignore_mismatched_sizes to replace the classifier."
-        )
-    if not is_other_task:
-        _compare_names(source, stored.id2label, labels["id2label"])
-    model = LambdaViTForImageClassification.from_pretrained(
-        source, ignore_mismatched_sizes=ignore_mismatched_sizes, **labels, **given
+    model, info = LambdaViTForImageClassification.from_pretrained(
+        source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **given
     )
-    # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
-    return model, is_other_task
+    if any(key.startswith("classifier.") for key in info["missing_keys"]):
+        logger.warning("%s has no classifier: a new one is trained first.", source)
+        return model, True
+    if any(key.startswith("classifier.") for key, *_ in info["mismatched_keys"]):
+        if not ignore_mismatched_sizes:
+            raise ValueError(
+                f"{source} has {stored.num_labels} classes, the dataset has {len(labels['id2label'])}. Pass"
+                " --ignore_mismatched_sizes to replace the classifier."
+            )
+        # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
+        return model, True
+    _compare_names(source, stored.id2label, labels["id2label"])
+    return model, False
 
 
 def _compare_names(source: str, stored: dict[int, str], wanted: dict[int, str]) -> None:

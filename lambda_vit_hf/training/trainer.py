@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from ..data.dataset import AugmentationEpoch
@@ -14,18 +13,19 @@ from ..data.streaming import StreamedImages
 from .guards import OneModelInAllProcesses
 from .losses import ClassificationLoss, DistillationLoss, images_averaged_over
 from .optimization import cosine_schedule, decay_parameter_names
+from .trainer_mixin import LambdaViTTrainer
 
 
-class ImageClassificationTrainer(Trainer):
+class ImageClassificationTrainer(LambdaViTTrainer):
     """
-    A [`Trainer`] for image classification.
+    A [`Trainer`] for image classification: one class for each image.
 
-    Differences from `Trainer`:
+    Differences from [`LambdaViTTrainer`]:
 
     - `train_collator` makes the training batches (mixup), `data_collator` those of evaluation.
     - Soft labels, and images without a label (-100), in the loss; optionally distillation from a teacher.
     - No weight decay on biases, norms, class token and position embeddings, as in timm.
-    - timm's cosine learning rate, with floor, where `args.min_learning_rate` is given.
+    - timm's cosine learning rate, with floor, where `args` are [`LambdaTrainingArguments`] with `min_learning_rate`.
     - Repeated augmentation; the epoch is told to the training images in every process.
     - A streamed training set is read by each process for itself: accelerate would have one process read for all, or
       each read everything.
@@ -35,6 +35,9 @@ class ImageClassificationTrainer(Trainer):
         train_collator (`Callable`, *optional*): defaults to `data_collator`.
         repeated_augmentation (`int`, *optional*, defaults to 1): how often an image is drawn.
         kwargs: everything [`Trainer`] takes.
+
+    Raises:
+        ValueError: if the model is one for several labels, or for regression.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class ImageClassificationTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        _check_task(self.model)
         self.train_collator = train_collator or self.data_collator
         self.args.remove_unused_columns = False  # what only the collator needs would be taken out before it
         self.repeats = None
@@ -113,7 +117,7 @@ class ImageClassificationTrainer(Trainer):
         return decay_parameter_names(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        if self.args.min_learning_rate is None:
+        if getattr(self.args, "min_learning_rate", None) is None:  # plain TrainingArguments have none
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             steps_per_epoch = self.count_steps()[0] or 1
@@ -138,3 +142,15 @@ class ImageClassificationTrainer(Trainer):
         if self.distillation is not None:
             loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)
         return (loss, outputs) if return_outputs else loss
+
+
+def _check_task(model) -> None:
+    config = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type in (None, "single_label_classification") and getattr(config, "num_labels", 2) != 1:
+        return
+    raise ValueError(
+        "ImageClassificationTrainer trains one of several classes for each image; the model has `problem_type`"
+        f" {problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's own"
+        " loss, with the same callbacks."
+    )

@@ -6,22 +6,22 @@ import pytest
 
 from benchmarks import training_speed
 from benchmarks.training_speed import PLAIN, measure_training, training_table
-from lambda_vit_hf.export.contenders import Contest
+from lambda_vit_hf.export.variants import BenchmarkSetup
 from tests.conftest import REMOVED
 
 
 @pytest.fixture
-def contest(vit_folder):
-    return Contest(model=str(vit_folder), layers=tuple(REMOVED))
+def setup(vit_folder):
+    return BenchmarkSetup(model=str(vit_folder), removed_layers=tuple(REMOVED))
 
 
 @pytest.mark.parametrize("with_guard", [False, True])
-def test_both_trainers_step_and_both_phases_are_compared(contest, monkeypatch, with_guard):
+def test_both_trainers_step_and_both_phases_are_compared(setup, monkeypatch, with_guard):
     used = []
     compare = training_speed._compare
     monkeypatch.setattr(training_speed, "_compare", lambda phase, steps, *rest: used.append((phase, list(steps)))
                         or compare(phase, steps, *rest))  # fmt: skip
-    result = measure_training(contest, batch_size=2, steps=3, with_guard=with_guard)
+    result = measure_training(setup, batch_size=2, steps=3, with_guard=with_guard)
     # 13 steps: lambda is 1 at step 0 and 0 from step 5 on; three steps of each phase warm up.
     assert dict(used) == {"diluting": [3, 4], "lambda = 0": [8, 9, 10, 11]}
     name = "with the callback" + (" and the guard" if with_guard else "")

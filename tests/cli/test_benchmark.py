@@ -1,87 +1,73 @@
-"""The program around the benchmarks: its commands, what it prints and writes."""
+"""The programs around the benchmarks: what they print and write."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import PIL.Image
 import pytest
 
+from benchmarks import input_speed, search_speed, training_speed
+from lambda_vit_hf.cli import benchmark
+from lambda_vit_hf.export import inference_speed
+from lambda_vit_hf.export.variants import parse_variant
 from tests.conftest import REMOVED
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / "trainer_scripts" / f"{name}.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program
 
 
 @pytest.fixture
 def common(vit_folder, tmp_path):
     layers = [str(layer) for layer in REMOVED]
-    return ["--model", str(vit_folder), "--layers", *layers, "--output_dir", str(tmp_path / "out")]
+    return ["--model", str(vit_folder), "--removed_layers", *layers, "--output_dir", str(tmp_path / "out")]
 
 
-COMMANDS = {
-    "inference": ["--contenders", "transformers", "lambda+removed", "--no_memory", "--max_rounds", "3"],
-    "training": ["--batch_size", "2", "--steps", "2"],
-    "input": ["--batch_size", "2", "--rounds", "1"],
-    "search": ["--num_layers", "1", "--num_images", "20", "--batch_size", "10"],
+PROGRAMS = {
+    "inference": (benchmark, ["--variants", "transformers", "lambda+removed", "--no_memory", "--max_rounds", "3"]),
+    "training": (training_speed, ["--batch_size", "2", "--steps", "2"]),
+    "input": (input_speed, ["--batch_size", "2", "--rounds", "1"]),
+    "search": (search_speed, ["--num_layers", "1", "--num_images", "20", "--batch_size", "10"]),
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_prints_a_table_and_writes_it(command, common, tmp_path, capsys):
-    load("benchmark").main([command, *common, *COMMANDS[command]])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_prints_a_table_and_writes_it(name, common, tmp_path, capsys):
+    program, options = PROGRAMS[name]
+    program.main([*common, *options])
     printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "out" / f"{command}.json").read_text())
+    result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert "| --- |" in printed and result["environment"]["hardware"] in printed
-    assert (tmp_path / "out" / f"{command}.md").read_text().strip() in printed
+    assert (tmp_path / "out" / f"{name}.md").read_text().strip() in printed
     assert len(result["rows"]) >= 2
-    if command == "inference":
+    if name == "inference":
         PIL.Image.open(tmp_path / "out" / "inference.png").verify()
 
 
-def test_without_a_command_inference_is_measured():
-    program = load("benchmark")
-    assert program.parse_arguments([]).command == "inference"
-    assert program.parse_arguments(["--batch_sizes", "4"]).batch_sizes == [4]
-    assert program.parse_arguments(["search"]).command == "search"
+def test_without_an_option_it_says_how_to_use_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([])
+    assert stopped.value.code == 2 and "usage: lambda-vit benchmark" in capsys.readouterr().err
 
 
-def test_compile_adds_a_compiled_twin_of_each_torch_contender(common, monkeypatch):
-    from lambda_vit_hf.export import inference_speed
+def test_the_first_words_of_before_are_understood(capsys):
+    assert benchmark.parse_arguments(["inference", "--batch_sizes", "4"]).batch_sizes == [4]
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(["training", "--steps", "3"])
+    assert "python -m benchmarks.training_speed" in capsys.readouterr().err
+    with pytest.warns(FutureWarning, match="--contenders is called --variants now"):
+        assert benchmark.parse_arguments(["--contenders", "timm"]).variants == ["timm"]
 
-    asked = []
-    monkeypatch.setattr(inference_speed, "measure_inference", lambda names, *rest: asked.extend(names) or 1 / 0)
+
+def test_compile_adds_a_compiled_twin_of_each_torch_variant(common, monkeypatch):
+    measured = []
+    monkeypatch.setattr(inference_speed, "measure_inference", lambda names, *rest: measured.extend(names) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        load("benchmark").main(["--compile", "--contenders", "lambda", "lambda+onnx", "timm+bf16", *common])
-    assert asked == ["lambda", "lambda+onnx", "timm+bf16", "lambda+compiled", "timm+bf16+compiled"]
+        benchmark.main(["--compile", "--variants", "lambda", "lambda+onnx", "timm+bf16", *common])
+    assert measured == ["lambda", "lambda+onnx", "timm+bf16", "lambda+compiled", "timm+bf16+compiled"]
 
 
-def test_the_default_contenders_make_sense():
-    from lambda_vit_hf.export.contenders import parse_contender
-
-    program = load("benchmark")
-    for name in (*program.CPU_CONTENDERS, *program.CONTENDERS):
-        parse_contender(name)
+def test_the_default_variants_make_sense():
+    for name in (*benchmark.CPU_VARIANTS, *benchmark.VARIANTS):
+        parse_variant(name)
 
 
-def test_accuracy_needs_trained_weights():
-    with pytest.raises(SystemExit, match="--model"):
-        load("benchmark").main(["--dataset_name", "digits", "--contenders", "transformers"])
-
-
-def test_export_writes_the_folder_and_says_what_it_compared(folder, tmp_path, capsys):
-    program = load("export")
-    program.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2"])
-    assert "largest difference of a logit" in capsys.readouterr().out
-    assert (tmp_path / "served" / "serve.py").is_file()
-    program.main([str(folder), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
-    assert (tmp_path / "program" / "model.pt2").is_file()
-    with pytest.raises(SystemExit, match="not an empty folder"):
-        program.main([str(folder), "--output_dir", str(tmp_path / "served")])
+def test_accuracy_needs_trained_weights(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--dataset_name", "digits", "--variants", "transformers"])
+    assert "--model" in capsys.readouterr().err

@@ -1,14 +1,13 @@
-"""The thin programs: what they print and leave behind. `train.py` has its own file."""
+"""`lambda-vit select` and the comparison of selections: what they print and leave behind."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from lambda_vit_hf.cli import select
 from lambda_vit_hf.selection.select import AttentionSelection
 from tests.conftest import in_two_processes
 
@@ -33,22 +32,11 @@ def digits_vit(tmp_path):
     return str(tmp_path / "vit")
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
-def test_help_answers_and_shows_a_command_to_paste(script):
-    # With no library to import: --help is quick.
-    hidden = "" if script == "train.py" else "sys.modules['torch'] = None"  # its options are TrainingArguments'
-    run = f"sys.argv = ['{script}', '--help']; runpy.run_path('{script}', run_name='__main__')"
-    code = f"import sys, runpy\n{hidden}\n{run}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPTS)
-    assert result.returncode == 0, result.stderr[-1000:]
-    assert "usage" in result.stdout
-    assert f"trainer_scripts/{script}" in (SCRIPTS / script).read_text().split('"""')[1]
-
-
 @pytest.mark.parametrize("strategy", ["nose", "last"])
 def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, capsys, strategy):
-    load("select_layers").main(
-        [digits_vit, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "30", "--strategy", strategy,
+    select.main(
+        [digits_vit, "--dataset_name", "digits", "--num_removed_layers", "2", "--calibration_size", "30",
+         "--strategy", strategy,
          "--pairs", "--autocast", "bfloat16", "--output_dir", str(tmp_path / "out")]
     )  # fmt: skip
     selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
@@ -56,6 +44,9 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
     assert selection.autocast_dtype == "bfloat16"
     printed = capsys.readouterr().out
     assert f"layers {selection.layers}" in printed
+    layers = " ".join(map(str, selection.layers))
+    command = f"lambda-vit train finetune --model_name_or_path {digits_vit} --dataset_name digits --removed_layers"
+    assert f"to go on: {command} {layers}\n" in printed
     assert ("% of resamples" in printed) == (strategy == "nose")
     pictures = {"entropy.png", "pairs.png"} | ({"search.png"} if strategy == "nose" else set())
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
@@ -63,11 +54,20 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
         PIL.Image.open(tmp_path / "out" / name).verify()
 
 
+def test_the_options_of_before_still_work(digits_vit):
+    old = [digits_vit, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "30"]
+    with pytest.warns(FutureWarning, match="--num_layers is called --num_removed_layers now"):
+        arguments = select.parse_arguments(old)
+    assert (arguments.num_removed_layers, arguments.calibration_size) == (2, 30)
+    with pytest.warns(FutureWarning, match="--ratio is called --removal_ratio now"):
+        assert select.parse_arguments(["m", "--dataset_name", "digits", "--ratio", "0.4"]).removal_ratio == 0.4
+
+
 def select_into(folder: str, model: str, rank: int) -> list[str]:
     output_dir = Path(folder) / str(rank)
-    load("select_layers").main(
-        [model, "--dataset_name", "digits", "--num_layers", "2", "--num_images", "20", "--batch_size", "7",
-         "--output_dir", str(output_dir)]
+    select.main(
+        [model, "--dataset_name", "digits", "--num_removed_layers", "2", "--calibration_size", "20",
+         "--batch_size", "7", "--output_dir", str(output_dir)]
     )  # fmt: skip
     return sorted(path.name for path in output_dir.glob("*"))
 

@@ -21,7 +21,7 @@ from tests.small_training import Blobs, make_trainer
 # than an epoch: its last batch, which is not full, is filled up differently by two processes.
 DETERMINISTIC = """
 --drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
---save_strategy no --layers 1 2
+--save_strategy no --removed_layers 1 2
 """.split()
 NEW = ["--base_num_train_epochs", 0.3]
 BEST = """
@@ -77,7 +77,7 @@ def weights_of(output_dir, rank: int) -> str:
 
 def train_with_trainer(vit: str, runs: str, batch: int, name: str, resume=None, ema=None, evaluate_copy=False, **more):
     model = LambdaViTForImageClassification.from_pretrained(vit)
-    callbacks = [*([EmaCallback(ema)] if ema else []), EntropyGuidedRemovalCallback(num_layers=2)]
+    callbacks = [*([EmaCallback(ema)] if ema else []), EntropyGuidedRemovalCallback(num_removed_layers=2)]
     arguments = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.1, **more}
     if evaluate_copy:
         make_trainer(copy.deepcopy(model), Path(runs, name), [], **arguments).evaluate()
@@ -111,7 +111,9 @@ def evaluated_by_another(trainer, rank):
 
 
 def asking_for_fsdp(trainer, rank):
-    make_trainer(trainer.model, trainer.args.output_dir, [EntropyGuidedRemovalCallback(layers=[0, 1])], fsdp=True)
+    make_trainer(
+        trainer.model, trainer.args.output_dir, [EntropyGuidedRemovalCallback(removed_layers=[0, 1])], fsdp=True
+    )
 
 
 def drifting(event: str, tensor):
@@ -170,7 +172,7 @@ def train_twice(vit: str, runs: str, rank: int) -> None:
 
 def refused_training(vit: str, runs: str, before, rank: int) -> list:
     model = LambdaViTForImageClassification.from_pretrained(vit)
-    trainer = make_trainer(model, Path(runs, "refused"), [EntropyGuidedRemovalCallback(layers=[0, 1])])
+    trainer = make_trainer(model, Path(runs, "refused"), [EntropyGuidedRemovalCallback(removed_layers=[0, 1])])
     try:
         before(trainer, rank)
         trainer.train()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.hub.test_push import REMOTE_CODE, Client, client_environment
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer
 
 
 # Loads a model from the Hub, with the package or without; `argv`: "package" or "hidden", repo id, images.
@@ -87,8 +87,10 @@ class Waits(transformers.TrainerCallback):
     def on_save(self, *args, **kwargs):
         trainer._finish_current_push()
 
-removal = lambda_vit_hf.EntropyGuidedRemovalCallback(num_layers=2)
-trainer = make_trainer(model, folder, [removal, Waits(), *([StopAt(stop)] if stop else [])], **arguments)
+removal = lambda_vit_hf.EntropyGuidedRemovalCallback(num_removed_layers=2)
+kind = transformers.Trainer if plain else lambda_vit_hf.LambdaViTTrainer
+callbacks = [removal, Waits(), *([StopAt(stop)] if stop else [])]
+trainer = make_trainer(model, folder, callbacks, kind=kind, **arguments)
 for name in ("base/model.safetensors", "runs/events.out.tfevents", "optimizer.pt", ".env"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"private" * 100)
@@ -160,13 +162,14 @@ def test_the_card_on_the_hub_has_the_numbers_of_metrics_json(hub, golden):
     assert f"layers {metrics['layers']} (0-based)" in card
 
 
-def push_from_trainer(client, folder, extra: str, base=None, stop=None, **arguments):
-    return client.run(TRAINER + extra, folder=str(folder), base=base, stop=stop, arguments=arguments)
+def push_from_trainer(client, folder, extra: str, base=None, plain=False, **arguments):
+    names = dict(folder=str(folder), base=base, stop=None, plain=plain, arguments=arguments)
+    return client.run(TRAINER + extra, **names)
 
 
-def test_a_plain_trainer_pushes_our_card_and_no_private_file(client, hub, tmp_path):
+def test_the_trainer_pushes_our_card_and_no_private_file(client, hub, tmp_path):
     extra = """
-from lambda_vit_hf.hub.model_card import model_size
+from lambda_vit_hf.hub.facts import model_size
 trainer.train()
 accuracy = trainer.evaluate()["eval_accuracy"]
 trainer.push_to_hub(license="mit", dataset="blobs", tags="tiny")
@@ -176,7 +179,7 @@ result = [accuracy, removal.selection.layers, model_size(model)["parameters"]]
     assert (tmp_path / "blobs-run" / "training_args.bin").is_file(), "there is nothing to keep back"
     files = hub.repos["tester/blobs-run"].files()
     model_files = {"config.json", "model.safetensors"} | REMOTE_CODE
-    assert set(files) == {".gitattributes", ".gitignore", "README.md"} | model_files
+    assert set(files) == {".gitattributes", "README.md", "entropy.png"} | model_files
     card = files["README.md"].decode()
     metadata = metadata_of(card)
     assert (metadata["license"], metadata["datasets"], metadata["base_model"]) == ("mit", ["blobs"], "tester/base")
@@ -190,6 +193,48 @@ result = [accuracy, removal.selection.layers, model_size(model)["parameters"]]
     assert 'model="tester/blobs-run"' in card
     assert "had access to" not in card
     assert json.loads(files["config.json"])["attention_flags"].count(False) == len(layers)
+
+
+def test_the_plain_trainer_keeps_private_files_back_and_says_whose_card_it_pushes(client, hub, tmp_path):
+    extra = """
+trainer.train()
+trainer.evaluate()
+trainer.push_to_hub()
+"""
+    push_from_trainer(client, tmp_path / "plain", extra, plain=True)
+    files = hub.repos["tester/plain"].files()
+    private = ("training_args", "base/", "runs/", ".env", "optimizer")
+    assert not [name for name in files if name.startswith(private)]
+    assert "Use LambdaViTTrainer" in client.log.read_text()
+
+
+def test_the_plain_trainer_pushes_no_figures_of_other_weights(client, hub, tmp_path):
+    extra = """
+trainer.train()
+history = trainer.state.log_history
+trainer.state.log_history = [entry for entry in history if "eval_loss" not in entry or entry["step"] < 12]
+trainer.push_to_hub()
+"""
+    names = dict(folder=str(tmp_path / "wrong"), base=None, stop=None, plain=True)
+    arguments = dict(eval_strategy="steps", eval_steps=5)
+    message = client.fail("ValueError", TRAINER + extra, **names, arguments=arguments)
+    assert "not of the final weights" in message and "trainer.evaluate()" in message
+    assert "tester/wrong" not in hub.repos
+
+
+def test_the_hubs_token_is_in_no_file(client, hub, tmp_path):
+    extra = """
+trainer.train()
+trainer.push_to_hub()
+"""
+    settings = dict(push_to_hub=True, hub_token=TOKEN, hub_strategy="all_checkpoints", save_strategy="steps")
+    push_from_trainer(client, tmp_path / "secret", extra, save_steps=5, **settings)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json"} <= {path.name for path in written}
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+    commits = hub.repos["tester/secret"].branches["main"]
+    assert [name for commit in commits for name, blob in commit.files.items() if TOKEN.encode() in blob.data] == []
+    assert "checkpoint-10/optimizer.pt" in hub.repos["tester/secret"].files()
 
 
 def test_a_users_card_survives_the_push_of_the_trainer(client, hub, tmp_path):
@@ -215,7 +260,7 @@ from lambda_vit_hf.training.reporting import write_report
 before = copy.deepcopy(model)
 trainer.train()
 trainer.save_model()
-write_report(trainer, before, removal.selection, 0.5, 0.25, "blobs")
+write_report(trainer, before, removal, 0.5, 0.25, "blobs")
 trainer.push_to_hub()
 """
     push_from_trainer(client, tmp_path / "reported", extra)
@@ -233,7 +278,7 @@ try:
 except RuntimeError:
     trainer.push_to_hub()
 """
-    names = dict(folder=str(tmp_path / "half"), base=None, stop=5, arguments={})
+    names = dict(folder=str(tmp_path / "half"), base=None, stop=5, plain=False, arguments={})
     asked = len(hub.requests)
     message = client.fail("ValueError", TRAINER + extra, **names)
     assert "lambda is not 1" in message and "0.5" in message

@@ -46,11 +46,12 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_complete_and_its_header_has_the_command(recipe):
     fields = read(recipe)
-    assert sum(fields[name] is not None for name in ("removal_ratio", "num_layers", "layers")) == 1
+    removal = ("removal_ratio", "num_removed_layers", "removed_layers")
+    assert sum(fields[name] is not None for name in removal) == 1
     assert sum(fields[name] is not None for name in ("dataset_name", "dataset_dir")) <= 1
     assert fields["output_dir"] == f"outputs/{recipe.stem}"
     header = recipe.read_text().split("\n\n")[0]
-    assert f"trainer_scripts/recipes/{recipe.name}" in header
+    assert f"train {recipe.stem} " in header.replace("\n", " ")
     assert "easured" in header or recipe.stem == "digits"
 
 
@@ -134,7 +135,7 @@ def test_the_base_recipe_runs_from_end_to_end(narrow_deit, images, tmp_path, kin
     else:
         config = ROOT / "trainer_scripts" / "accelerate_configs" / "two_cpu_processes.yaml"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--main_process_port", "0", "trainer_scripts/train.py", *argv]
+        command += ["--main_process_port", "0", "-m", "lambda_vit_hf.cli.train", *argv]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((out / "metrics.json").read_text())

@@ -28,9 +28,9 @@ from lambda_vit_hf.training.run import run_training
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "trainer_scripts/recipes/digits.yaml"
+SHAPE = "--hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32".split()
 SMALL = """
---hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32 --base_num_train_epochs 1
---num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
+--base_num_train_epochs 1 --num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
 --drop_path_rate 0.1 --eval_strategy no --save_strategy steps --save_steps 4 --save_total_limit 20 --warmup_steps 2
 --logging_steps 4 --use_cpu true
 """.split()
@@ -38,8 +38,10 @@ SMALL = """
 
 def run(output_dir, *arguments) -> dict:
     argv = [str(ROOT / RECIPE), "--output_dir", str(output_dir), *SMALL, *map(str, arguments)]
-    if not {"--num_layers", "--layers", "--removal_ratio"} & set(argv):
-        argv += ["--num_layers", "2"]
+    if "--model_name_or_path" not in argv:  # else the checkpoint has its shape
+        argv += SHAPE
+    if not {"--num_removed_layers", "--removed_layers", "--removal_ratio"} & set(argv):
+        argv += ["--num_removed_layers", "2"]
     return run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
 
 
@@ -135,9 +137,9 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", "trainer_scripts/accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0",
-        "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL,
+        "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL, *SHAPE,
         # Half the batch in each process: the same images in each step.
-        "--per_device_train_batch_size", "64", "--num_layers", "2", *same,
+        "--per_device_train_batch_size", "64", "--num_removed_layers", "2", *same,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -182,7 +184,7 @@ def test_the_program_trains_from_a_checkpoint_and_a_folder_of_images(tmp_path):
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     metrics = run(
         tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--dataset_dir", tmp_path / "images",
-        "--num_layers", 1, "--per_device_train_batch_size", 40,
+        "--num_removed_layers", 1, "--per_device_train_batch_size", 40,
     )  # fmt: skip
     assert len(metrics["layers"]) == 1
     restored = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -210,8 +212,8 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     ("arguments", "said"),
     [
         (["--removal_ratio", "1.5"], r"\[0, 1\]"),
-        (["--layers", "0", "4"], "out of range"),
-        (["--layers", "1", "1"], "more than once"),
+        (["--removed_layers", "0", "4"], "out of range"),
+        (["--removed_layers", "1", "1"], "more than once"),
         (["--dataset_dir", "nowhere"], "nowhere does not exist"),
         (["--distillation", "soft", "--distillation_alpha", "1.5"], "alpha"),
         (["--distillation", "some"], "kind"),
@@ -247,7 +249,7 @@ def test_another_number_of_classes_than_the_checkpoints_is_an_error(tmp_path):
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="7 classes, the dataset has 10"):
-        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
+        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_removed_layers", 1)
 
 
 def test_overwriting_deletes_nothing_before_all_input_is_checked(finished, tmp_path):
@@ -269,7 +271,8 @@ def test_a_new_classifier_is_trained_before_layers_are_chosen(tmp_path):
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     run(
-        tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--ignore_mismatched_sizes", "--num_layers", 1,
+        tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--ignore_mismatched_sizes",
+        "--num_removed_layers", 1,
         "--image_size", 16, "--base_num_train_epochs", 0.2, "--num_train_epochs", 0.4, "--save_strategy", "no",
     )  # fmt: skip
     assert (tmp_path / "out" / "base" / "model.safetensors").is_file()
@@ -292,7 +295,7 @@ def test_a_checkpoint_without_an_image_processor_is_named(tmp_path):
                        num_labels=10)  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     with pytest.raises(OSError, match=r"preprocessor_config\.json"):
-        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_layers", 1)
+        run(tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--num_removed_layers", 1)
 
 
 def test_resuming_from_a_broken_checkpoint_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """Evaluation: what is counted, under which label, and that processes share the work without counting twice."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from lambda_vit_hf.cli.evaluate import describe
+from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.evaluation.evaluate import (
     class_indices,
     evaluate_model,
     labelled_images,
-    load_classifier,
     load_split,
     read_images,
     shortlist,
@@ -152,7 +152,7 @@ def test_labelled_images_count_classes_as_the_model_does(digits_model):
 
 def run_program(launcher: list[str], *arguments: str) -> tuple[dict, str]:
     output = Path(arguments[arguments.index("--output") + 1])
-    command = [*launcher, "trainer_scripts/evaluate.py", *arguments]
+    command = [*launcher, "-m", "lambda_vit_hf.cli.evaluate", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(output.read_text()), result.stdout
@@ -172,20 +172,9 @@ def test_two_processes_count_each_image_once(digits_model, tmp_path):
     assert {"hardware", "date", "torch", "transformers", "dtype", "batch"} <= set(one["environment"])
 
 
-def test_the_program_does_not_stand_in_for_the_library_of_its_name():
-    code = "import evaluate; print(evaluate.__file__, evaluate.Metric); import evaluate.module"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "trainer_scripts")}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-1000:]
-    assert "trainer_scripts" not in result.stdout
-
-
 def test_figures_in_one_line():
-    spec = importlib.util.spec_from_file_location("evaluate_program", ROOT / "trainer_scripts" / "evaluate.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     figures = {"accuracy": 0.5, "num_images": 8, "unreadable": 2, "images_per_second": 1234.0,
                "model_images_per_second": 5678.0}  # fmt: skip
-    assert program.describe("m", figures) == (
+    assert describe("m", figures) == (
         "m: top-1 50.00 % on 8 images (2 unreadable left out); 1,234 images/s with decoding, 5,678 without"
     )

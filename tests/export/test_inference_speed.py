@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from lambda_vit_hf.export import inference_speed
-from lambda_vit_hf.export.contenders import Contest, build_contender
 from lambda_vit_hf.export.inference_speed import inference_table, measure_inference
 from lambda_vit_hf.export.peak_memory import peak_memory_cpu
 from lambda_vit_hf.export.speed_picture import plot_inference
+from lambda_vit_hf.export.variants import BenchmarkSetup, build_variant
 from tests.conftest import REMOVED
 
 
 @pytest.fixture
-def contest(vit_folder):
-    return Contest(model=str(vit_folder), layers=tuple(REMOVED))
+def setup(vit_folder):
+    return BenchmarkSetup(model=str(vit_folder), removed_layers=tuple(REMOVED))
 
 
 @pytest.fixture
 def scripted_seconds(monkeypatch):
-    """Every contender takes the seconds that are scripted for its turn."""
+    """Every variant takes the seconds that are scripted for its turn."""
     scripts = {"transformers fp32": [2.0, 8.0, 4.0], "lambda fp32": [1.0, 2.0, 1.0], "lambda bf16": [0.5, 1.0, 0.5]}
     monkeypatch.setattr(
         inference_speed, "interleave", lambda runs, *args, **kwargs: {key: scripts[key] for key in runs}
@@ -30,9 +30,9 @@ def scripted_seconds(monkeypatch):
     return scripts
 
 
-def test_speedups_are_medians_of_ratios_round_by_round(contest, scripted_seconds):
+def test_speedups_are_medians_of_ratios_round_by_round(setup, scripted_seconds):
     names = ["transformers", "lambda", "lambda+bf16"]
-    rows = measure_inference(names, contest, [4], with_memory=False, disable_tqdm=True)["rows"]
+    rows = measure_inference(names, setup, [4], with_memory=False, disable_tqdm=True)["rows"]
     assert [row["speedup"] for row in rows] == [1.0, 4.0, 8.0]  # 2 / 1, 8 / 2, 4 / 1; the ratio of medians is 4 too
     assert [row["speedup_same_precision"] for row in rows] == [1.0, 4.0, None]
     for row, name in zip(rows, scripted_seconds, strict=True):
@@ -41,9 +41,9 @@ def test_speedups_are_medians_of_ratios_round_by_round(contest, scripted_seconds
         assert row["latency_ms"] == {"median": 1000 * statistics.median(times), "p95": 1000 * max(times)}
 
 
-def test_a_run_gives_one_row_per_model_and_batch_size(contest):
+def test_a_run_gives_one_row_per_model_and_batch_size(setup):
     names = ["transformers", "timm+removed", "lambda+removed+folded+prepared"]
-    result = measure_inference(names, contest, [2, 1], max_rounds=3, with_memory=False, disable_tqdm=True)
+    result = measure_inference(names, setup, [2, 1], max_rounds=3, with_memory=False, disable_tqdm=True)
     assert [(row["model"], row["batch_size"]) for row in result["rows"]] == [(n, b) for b in (1, 2) for n in names]
     assert all(row["rounds"] == 3 and row["images_per_second"] > 0 for row in result["rows"])
     assert all(row["max_difference"] < 1e-4 for row in result["rows"])
@@ -52,55 +52,55 @@ def test_a_run_gives_one_row_per_model_and_batch_size(contest):
     assert result["environment"]["hardware"]
 
 
-def test_a_model_that_computes_something_else_stops_the_benchmark(contest, monkeypatch):
-    def build(name, contest):
-        contender = build_contender(name, contest)
-        run = contender.run
-        contender.run = (lambda images: run(images) + 0.01) if name == "lambda" else run
-        return contender
+def test_a_model_that_computes_something_else_stops_the_benchmark(setup, monkeypatch):
+    def build(name, setup):
+        variant = build_variant(name, setup)
+        run = variant.run
+        variant.run = (lambda images: run(images) + 0.01) if name == "lambda" else run
+        return variant
 
-    monkeypatch.setattr(inference_speed, "build_contender", build)
+    monkeypatch.setattr(inference_speed, "build_variant", build)
     with pytest.raises(ValueError, match=r"lambda fp32 is not the function it should be: a logit differs by 0\.01"):
-        measure_inference(["transformers", "lambda"], contest, [1], with_memory=False, disable_tqdm=True)
+        measure_inference(["transformers", "lambda"], setup, [1], with_memory=False, disable_tqdm=True)
 
 
-def test_accuracy_is_measured_on_given_images(contest, scripted_seconds):
+def test_accuracy_is_measured_on_given_images(setup, scripted_seconds):
     images = torch.randn(70, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        labels = contest.base_model(images).logits.argmax(dim=1)
+        labels = setup.base_model(images).logits.argmax(dim=1)
     labels[:7] = (labels[:7] + 1) % 5
-    result = measure_inference(["transformers"], contest, [1], with_memory=False, labelled=(images, labels),
+    result = measure_inference(["transformers"], setup, [1], with_memory=False, labelled=(images, labels),
                                disable_tqdm=True)  # fmt: skip
     assert result["rows"][0]["accuracy"] == pytest.approx(0.9)
 
 
 def test_peak_memory_counts_weights_and_activations():
-    contest = Contest(size="small", num_hidden_layers=2, image_size=64)
-    whole, compiled = (build_contender(name, contest) for name in ("lambda", "lambda+compiled"))
-    few, none = peak_memory_cpu([whole, compiled], contest, 1)
-    (many,) = peak_memory_cpu([whole], contest, 256)
+    setup = BenchmarkSetup(size="small", num_hidden_layers=2, image_size=64)
+    whole, compiled = (build_variant(name, setup) for name in ("lambda", "lambda+compiled"))
+    few, none = peak_memory_cpu([whole, compiled], setup, 1)
+    (many,) = peak_memory_cpu([whole], setup, 256)
     assert none is None, "the compiler's own memory would count"
     assert few > 0.9 * whole.weights_bytes
     # One MLP's activations: 256 images of 17 tokens, 1536 wide, before and after the GELU.
     assert many - few > 2 * 256 * 17 * 1536 * 4 * 0.9
 
 
-def test_without_proc_the_column_is_empty_and_the_reason_is_said(contest, monkeypatch):
+def test_without_proc_the_column_is_empty_and_the_reason_is_said(setup, monkeypatch):
     def no_proc(*args):
         raise OSError("which only Linux has")
         yield
 
     monkeypatch.setattr(inference_speed, "peak_memory_cpu", no_proc)
-    result = measure_inference(["lambda"], contest, [1], max_rounds=1, disable_tqdm=True)
+    result = measure_inference(["lambda"], setup, [1], max_rounds=1, disable_tqdm=True)
     assert result["rows"][0]["peak_memory_mb"] is None
     assert result["notes"] == ["No peak memory: which only Linux has"]
     assert "peak MB" not in inference_table(result)
 
 
-def test_peak_memory_gives_up_in_time(contest, monkeypatch):
-    monkeypatch.setattr(inference_speed, "peak_memory_cpu", lambda contenders, *rest: iter([5_000_000, None]))
+def test_peak_memory_gives_up_in_time(setup, monkeypatch):
+    monkeypatch.setattr(inference_speed, "peak_memory_cpu", lambda variants, *rest: iter([5_000_000, None]))
     names = ["transformers", "lambda"]
-    result = measure_inference(names, contest, [1], max_rounds=1, max_seconds=0.0, disable_tqdm=True)
+    result = measure_inference(names, setup, [1], max_rounds=1, max_seconds=0.0, disable_tqdm=True)
     assert [row["peak_memory_mb"] for row in result["rows"]] == [5.0, None]
     assert result["notes"] == ["Peak memory of 1 models was left out to save time."]
     assert result["rows"][0]["rounds"] == 1

@@ -9,14 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from lambda_vit_hf.hub.card_sections import BEGIN, END
-from lambda_vit_hf.hub.model_card import (
-    ModelCardFacts,
-    card_metadata,
-    final_evaluation,
-    hub_base_model,
-    markdown_table,
-    write_model_card,
-)
+from lambda_vit_hf.hub.facts import ModelCardFacts, final_evaluation, hub_base_model
+from lambda_vit_hf.hub.model_card import card_metadata, markdown_table, write_model_card
 from lambda_vit_hf.selection.config import SelectionConfig
 from lambda_vit_hf.selection.select import AttentionSelection, SelectionStep
 from tests.hub_server import metadata_errors

@@ -71,8 +71,8 @@ ROOT = Path(__file__).parents[2]
 PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
 REMOTE_CODE = {
-    "blocks.py", "configuration_lambda_vit.py", "inference.py", "loading.py", "merging.py", "modeling_lambda_vit.py",
-    "pretrained_model.py", "removal.py",
+    "blocks.py", "configuration_lambda_vit.py", "folding.py", "inference.py", "loading.py", "modeling_lambda_vit.py",
+    "pretrained_model.py", "token_merging.py",
 }  # fmt: skip
 WORKER = """
 import contextlib, io, json, os, sys, traceback
@@ -250,9 +250,7 @@ def test_a_snapshot_of_the_repository_holds_the_pushed_bytes(client, hub, folder
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(client, hub, folder):
     assert push(client, folder, dry_run=True)["files"]["model.safetensors"] > 10_000
-    code = (
-        'import runpy; runpy.run_path("trainer_scripts/push_to_hub.py")["main"]([folder, "tester/tiny", "--dry_run"])'
-    )
+    code = 'from lambda_vit_hf.cli.push import main; main([folder, "tester/tiny", "--dry_run"])'
     printed = client.run(code, folder=str(folder))
     assert "model.safetensors" in printed
     assert "nothing was sent" in printed
@@ -261,7 +259,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(client, hub, folder):
 
 
 def test_the_script_pushes_and_prints_the_commit(client, hub, folder):
-    code = 'import runpy; runpy.run_path("trainer_scripts/push_to_hub.py")["main"]([folder, "tiny", "--private"])'
+    code = 'from lambda_vit_hf.cli.push import main; main([folder, "tiny", "--private"])'
     printed = client.run(code, folder=str(folder))
     assert printed.splitlines()[-1] == f"{hub.url}/tester/tiny/commit/{hub.repos['tester/tiny'].find('main').oid}"
     assert hub.repos["tester/tiny"].private
@@ -484,9 +482,9 @@ def test_offline_the_script_says_so_and_how_to_go_on(hub, folder, tmp_path):
         timeout=60,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "unset HF_HUB_OFFLINE" in done.stderr
     assert "Traceback" not in done.stderr
-    assert f"python trainer_scripts/push_to_hub.py {folder} tester/tiny --revision v1" in done.stderr
+    assert f"lambda-vit push {folder} tester/tiny --revision v1" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert hub.requests == []

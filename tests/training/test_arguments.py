@@ -43,13 +43,13 @@ def test_a_recipe_replaces_defaults_and_the_command_line_replaces_the_recipe(rec
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml"])
 def test_both_endings_of_yaml_are_recipes(recipe, suffix):
-    assert removal(recipe("num_layers: 2\n", f"recipe.{suffix}")).num_layers == 2
+    assert removal(recipe("num_removed_layers: 2\n", f"recipe.{suffix}")).num_removed_layers == 2
 
 
 def test_each_dataclass_gets_its_own_fields(recipe):
-    path = recipe("image_size: 8\ndataset_name: digits\nnum_layers: 6\n")
+    path = recipe("image_size: 8\ndataset_name: digits\nnum_removed_layers: 6\n")
     model, data, remove = parse_arguments([path], [ModelArguments, DataArguments, RemovalArguments])
-    assert (model.image_size, data.dataset_name, remove.num_layers) == (8, "digits", 6)
+    assert (model.image_size, data.dataset_name, remove.num_removed_layers) == (8, "digits", 6)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,17 @@ def test_a_switch_of_the_recipe_can_be_undone(recipe):
 
 
 def test_lists_and_nothing_can_stand_in_a_recipe(recipe):
-    arguments = removal(recipe("layers: [0, 2, 5]\noutput: null\n"))
-    assert (arguments.layers, arguments.output) == ([0, 2, 5], None)
+    arguments = removal(recipe("removed_layers: [0, 2, 5]\noutput: null\n"))
+    assert (arguments.removed_layers, arguments.output) == ([0, 2, 5], None)
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--layers", "0", "1"], (None, None, [0, 1])),
+        (["--removed_layers", "0", "1"], (None, None, [0, 1])),
         (["--removal_ratio", "0.5"], (0.5, None, None)),
         (["--removal_ratio=0.5"], (0.5, None, None)),
-        (["--num_layers", "3"], (None, 3, None)),
+        (["--num_removed_layers", "3"], (None, 3, None)),
         (["--removal-ratio", "0.5"], (0.5, None, None)),
         (["--removal_rat", "0.5"], (0.5, None, None)),
         ([], (None, 6, None)),
@@ -91,13 +91,69 @@ def test_lists_and_nothing_can_stand_in_a_recipe(recipe):
 )
 def test_another_way_to_name_the_layers_replaces_the_recipes(recipe, argv, expected):
     # The callback takes exactly one of the three; argparse also takes dashes and unique beginnings.
-    arguments = removal(recipe("num_layers: 6\n"), *argv)
-    assert (arguments.removal_ratio, arguments.num_layers, arguments.layers) == expected
+    arguments = removal(recipe("num_removed_layers: 6\n"), *argv)
+    assert (arguments.removal_ratio, arguments.num_removed_layers, arguments.removed_layers) == expected
 
 
 def test_a_dataset_folder_replaces_the_recipes_dataset(recipe):
     (data,) = parse_arguments([recipe("dataset_name: digits\n"), "--dataset_dir", "pets"], [DataArguments])
     assert (data.dataset_name, data.dataset_dir) == (None, "pets")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["RECIPE", "--fold", "false", "--removed_layers", "0", "1"],
+        ["--fold", "false", "--removed_layers", "0", "1", "RECIPE"],
+        ["--fold=false", "RECIPE", "--removed_layers", "0", "1"],
+        ["--no_fold", "RECIPE", "--removed-layers", "0", "1"],
+        ["--removed_lay", "0", "1", "--no-fold", "RECIPE"],
+    ],
+    ids=" ".join,
+)
+def test_recipe_and_options_stand_in_any_order(recipe, argv):
+    path = recipe("num_removed_layers: 6\nstrategy: last\n")
+    arguments = removal(*(path if word == "RECIPE" else word for word in argv))
+    assert (arguments.removed_layers, arguments.num_removed_layers) == ([0, 1], None)
+    assert (arguments.fold, arguments.strategy) == (False, "last")
+
+
+def test_a_switch_before_the_recipe_does_not_take_it_for_its_value():
+    argv = ["--use_cpu", "--ignore_mismatched_sizes", "digits", "--image_size", "16"]
+    model, *_ = parse_arguments(argv, PROGRAM_ARGUMENTS)
+    assert (model.ignore_mismatched_sizes, model.image_size, model.patch_size) == (True, 16, 2)
+
+
+@pytest.mark.parametrize("argv", [["digits", "--dataset_name", "digits"], ["--dataset_name", "digits", "digits"]])
+def test_a_recipes_name_may_be_the_value_of_an_option(argv):
+    arguments = parse_arguments([*argv, "--use_cpu", "true"], PROGRAM_ARGUMENTS)
+    assert (arguments[1].dataset_name, arguments[3].num_removed_layers) == ("digits", 6)
+    assert parse_arguments(["--dataset_name", "digits"], [DataArguments])[0] == DataArguments(dataset_name="digits")
+
+
+def test_two_recipes_are_refused(recipe):
+    with pytest.raises(ValueError, match=r"one recipe, not \['digits', 'finetune'\]"):
+        removal("digits", "--fold", "false", "finetune")
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=r"recipe digit does not exist.*deit_base_imagenet.*digits, "):
+        removal("digit")
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("num_layers: 3\n", [], (3, None)),
+        ("layers: [1, 2]\n", [], (None, [1, 2])),
+        ("num_removed_layers: 6\n", ["--layers", "1"], (None, [1])),
+        ("removed_layers: [0]\n", ["--num-layers=2"], (2, None)),
+    ],
+)
+def test_the_names_of_before_still_work(recipe, text, argv, expected):
+    with pytest.warns(FutureWarning, match=r"`(num_)?layers` is called `(num_)?removed_layers` now"):
+        arguments = removal(recipe(text), *argv)
+    assert (arguments.num_removed_layers, arguments.removed_layers) == expected
 
 
 def test_an_unknown_field_of_a_recipe_is_named(recipe):
@@ -123,8 +179,8 @@ def test_a_recipe_that_is_no_mapping_says_what_it_is(recipe, text, kind):
 
 def test_a_value_of_the_wrong_type_is_named(recipe, capsys):
     with pytest.raises(SystemExit):
-        removal(recipe("num_layers: two\n"))
-    assert "num_layers" in (message := capsys.readouterr().err) and "two" in message
+        removal(recipe("num_removed_layers: two\n"))
+    assert "num_removed_layers" in (message := capsys.readouterr().err) and "two" in message
 
 
 def test_a_recipe_cannot_run_code(recipe, tmp_path):

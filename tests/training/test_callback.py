@@ -1,15 +1,19 @@
 import copy
 import json
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from lambda_vit_hf import (
+    DilutionConfig,
     EntropyGuidedRemovalCallback,
     LambdaViTConfig,
     LambdaViTForImageClassification,
+    LambdaViTTrainer,
+    SelectionConfig,
 )
 from lambda_vit_hf.data.dataset import AugmentationEpoch
 from tests.conftest import TINY, in_two_processes
@@ -41,7 +45,12 @@ class Recorder(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("amount", "expected"),
-    [({"removal_ratio": 0.5}, 3), ({"num_layers": 2}, 2), ({"layers": [5, 1]}, 2), ({"removal_ratio": 0.0}, 0)],
+    [
+        ({"removal_ratio": 0.5}, 3),
+        ({"num_removed_layers": 2}, 2),
+        ({"removed_layers": [5, 1]}, 2),
+        ({"removal_ratio": 0.0}, 0),
+    ],
     ids=str,
 )
 def test_training_ends_with_the_small_model(model, tmp_path, amount, expected):
@@ -51,7 +60,7 @@ def test_training_ends_with_the_small_model(model, tmp_path, amount, expected):
     assert model.config.removed_layers == callback.selection.layers
     assert len(callback.selection.layers) == expected
     assert model.config.fold_removed == (expected > 0)
-    if "layers" in amount:
+    if "removed_layers" in amount:
         assert model.config.removed_layers == [1, 5]
     trainer.save_model()
     saved = load_file(tmp_path / "model.safetensors")
@@ -63,7 +72,7 @@ def test_training_ends_with_the_small_model(model, tmp_path, amount, expected):
 
 def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     before = copy.deepcopy(model)
-    callback = EntropyGuidedRemovalCallback(num_layers=3, calibration_dataset=Blobs(), calibration_size=20)
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=3, calibration_dataset=Blobs(), calibration_size=20)
     make_trainer(model, tmp_path, [callback]).train()
     from lambda_vit_hf import select_attention_layers
     from lambda_vit_hf.data.sampling import evenly_spaced
@@ -77,7 +86,7 @@ def test_the_default_calibration_set_is_the_training_set_at_a_fixed_random_state
     selections = []
     for attempt in range(2):
         torch.manual_seed(attempt)
-        callback = EntropyGuidedRemovalCallback(num_layers=2)
+        callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
         make_trainer(copy.deepcopy(model), tmp_path, [callback], Blobs(noise=0.5), max_steps=2).train()
         selections.append(callback.selection)
     assert selections[0] == selections[1]
@@ -86,7 +95,7 @@ def test_the_default_calibration_set_is_the_training_set_at_a_fixed_random_state
 
 def test_lambda_follows_the_schedule_and_attention_stops_being_computed(model, tmp_path):
     recorder = Recorder()
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[2, 4]), recorder])
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[2, 4]), recorder])
     trainer.train()
     # 12 steps, a quarter held at zero: 9 values from 1 to 0.
     expected = [max(0.0, 1 - step / 8) for step in range(12)]
@@ -100,7 +109,7 @@ def test_lambda_follows_the_schedule_and_attention_stops_being_computed(model, t
 
 def test_attention_that_is_off_is_not_trained_on(model, tmp_path):
     recorder = Recorder()
-    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[2]), recorder]).train()
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[2]), recorder]).train()
     moved = [
         not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         for before, after in zip(recorder.weights, recorder.weights[1:], strict=False)
@@ -111,14 +120,14 @@ def test_attention_that_is_off_is_not_trained_on(model, tmp_path):
 def test_lambda_is_constant_within_a_step_of_accumulated_gradients(model, tmp_path):
     seen = []
     model.register_forward_pre_hook(lambda module, _: seen.append(module.attention_lambdas[1]) or None)
-    callback = EntropyGuidedRemovalCallback(layers=[1])
+    callback = EntropyGuidedRemovalCallback(removed_layers=[1])
     make_trainer(model, tmp_path, [callback], gradient_accumulation_steps=3, per_device_train_batch_size=4).train()
     assert seen == pytest.approx([max(0.0, 1 - step / 8) for step in range(12) for _ in range(3)])
 
 
 def test_lambda_can_change_per_epoch(model, tmp_path):
     recorder = Recorder()
-    callback = EntropyGuidedRemovalCallback(layers=[1], granularity="epoch")
+    callback = EntropyGuidedRemovalCallback(removed_layers=[1], granularity="epoch")
     # 6 steps an epoch, 4 epochs, 3 of them diluting: 1, 1/2, 0, and the last held at 0.
     make_trainer(model, tmp_path, [callback, recorder], max_steps=-1, num_train_epochs=4).train()
     assert [lambdas[1] for lambdas in recorder.lambdas] == [1.0] * 6 + [0.5] * 6 + [0.0] * 12
@@ -131,7 +140,7 @@ def final_weights(folder, model_arguments=None, resume=None, **arguments):
     torch.manual_seed(0)
     config = LambdaViTConfig(**TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, drop_path_rate=0.1)
     model = LambdaViTForImageClassification(config)
-    callback = EntropyGuidedRemovalCallback(num_layers=3)
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=3)
     settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=2) | arguments
     trainer = make_trainer(model, folder, [callback], **settings)
     trainer.train(resume_from_checkpoint=resume)
@@ -165,7 +174,7 @@ def test_resuming_with_another_length_of_training_is_refused(tmp_path):
 
 def test_resuming_a_run_that_had_no_removal_is_refused(model, tmp_path):
     make_trainer(copy.deepcopy(model), tmp_path, [], save_strategy="steps", save_steps=6).train()
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_layers=2)])
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)])
     with pytest.raises(ValueError, match="without EntropyGuidedRemovalCallback"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
@@ -198,7 +207,7 @@ class ScriptedAccuracy(TrainerCallback):
 def test_only_the_removed_model_can_be_the_best(model, tmp_path, save_strategy):
     # Lambda reaches 0 at step 8 (counted from 0), so the evaluations after 9 to 12 steps are of the removed model.
     accuracies = [0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.4, 0.2, 0.3, 0.1, 0.1]
-    callbacks = [EntropyGuidedRemovalCallback(num_layers=2), ScriptedAccuracy(accuracies)]
+    callbacks = [EntropyGuidedRemovalCallback(num_removed_layers=2), ScriptedAccuracy(accuracies)]
     trainer = make_trainer(
         model, tmp_path, callbacks, eval_strategy="steps", eval_steps=1, save_strategy=save_strategy, save_steps=1,
         load_best_model_at_end=True, metric_for_best_model="accuracy",
@@ -239,7 +248,7 @@ class StopAt(TrainerCallback):
 
 
 def test_training_that_ends_half_way_removes_nothing_and_says_so(model, tmp_path):
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[1]), StopAt(5)])
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1]), StopAt(5)])
     with pytest.raises(RuntimeError, match=r"step 5 of 12.*lambda = 0\.500.*Nothing was removed"):
         trainer.train()
     assert model.config.removed_layers == []
@@ -264,7 +273,7 @@ class InterruptAt(TrainerCallback):
 
 def test_resuming_in_the_same_process_runs_at_the_lambda_of_its_step(model, tmp_path):
     recorder, stop = Recorder(), InterruptAt(8)
-    callback = EntropyGuidedRemovalCallback(layers=[1], granularity="epoch")
+    callback = EntropyGuidedRemovalCallback(removed_layers=[1], granularity="epoch")
     arguments = dict(max_steps=-1, num_train_epochs=4, save_strategy="steps", save_steps=6)
     trainer = make_trainer(model, tmp_path, [callback, stop, recorder], **arguments)
     with pytest.raises(KeyboardInterrupt):
@@ -278,7 +287,7 @@ def test_resuming_in_the_same_process_runs_at_the_lambda_of_its_step(model, tmp_
 
 def test_a_model_that_is_half_way_diluted_cannot_start_a_new_run(model, tmp_path):
     model.set_attention_lambda(0.5, [3])
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[1])])
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1])])
     with pytest.raises(ValueError, match="half-way diluted"):
         trainer.train()
 
@@ -286,7 +295,7 @@ def test_a_model_that_is_half_way_diluted_cannot_start_a_new_run(model, tmp_path
 def test_early_stopping_does_not_count_evaluations_while_diluting(model, tmp_path):
     # Accuracy falls all the time: only the evaluations at lambda = 0 may run out of patience.
     callbacks = [
-        EntropyGuidedRemovalCallback(num_layers=2),
+        EntropyGuidedRemovalCallback(num_removed_layers=2),
         ScriptedAccuracy([1 - 0.01 * step for step in range(20)]),
         EarlyStoppingCallback(2),
     ]
@@ -301,11 +310,164 @@ def test_early_stopping_does_not_count_evaluations_while_diluting(model, tmp_pat
 
 def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
     make_trainer(
-        copy.deepcopy(model), tmp_path, [EntropyGuidedRemovalCallback(layers=[1])], save_strategy="steps", save_steps=4
+        copy.deepcopy(model),
+        tmp_path,
+        [EntropyGuidedRemovalCallback(removed_layers=[1])],
+        save_strategy="steps",
+        save_steps=4,
     ).train()
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[2, 3], fold=False)])
-    with pytest.raises(ValueError, match=r"'layers': \(\[1\], \[2, 3\]\).*'fold'"):
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[2, 3], fold=False)])
+    with pytest.raises(ValueError, match=r"'removed_layers': \(\[1\], \[2, 3\]\).*'fold'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# One Trainer, one callback, and training that goes on after it.
+
+
+def test_a_second_removal_callback_is_refused_when_the_trainer_is_built(model, tmp_path):
+    callbacks = [EntropyGuidedRemovalCallback(removed_layers=[1]), EntropyGuidedRemovalCallback(removed_layers=[2])]
+    with pytest.raises(ValueError, match="more than one EntropyGuidedRemovalCallback"):
+        make_trainer(model, tmp_path, callbacks)
+
+
+def test_a_second_removal_callback_that_is_added_later_is_refused_before_the_first_step(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1])])
+    trainer.add_callback(EntropyGuidedRemovalCallback(removed_layers=[2]))
+    with pytest.raises(ValueError, match="more than one EntropyGuidedRemovalCallback"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class OutOfMemoryOnce(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+
+def test_a_restart_with_a_smaller_batch_begins_at_lambda_1(model, tmp_path):
+    recorder = Recorder()
+    callbacks = [EntropyGuidedRemovalCallback(num_removed_layers=2), OutOfMemoryOnce(5), recorder]
+    trainer = make_trainer(model, tmp_path, callbacks, auto_find_batch_size=True)
+    trainer.train()
+    layer = model.config.removed_layers[0]
+    assert trainer._train_batch_size < 8, "there was no restart"
+    assert [lambdas[layer] for lambdas in recorder.lambdas[-12:]] == pytest.approx(
+        [max(0.0, 1 - step / 8) for step in range(12)]
+    )
+    assert len(model.config.removed_layers) == 2
+
+
+@pytest.mark.parametrize("kind", [Trainer, LambdaViTTrainer])
+def test_gradual_removal_with_one_trainer_and_its_checkpoints_can_be_resumed(model, tmp_path, kind):
+    arguments = dict(save_strategy="steps", save_steps=4, kind=kind)
+    first, second = (EntropyGuidedRemovalCallback(num_removed_layers=2) for _ in range(2))
+    trainer = make_trainer(model, tmp_path, [first], **arguments)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "two"))
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "two")
+    trainer.remove_callback(first)
+    trainer.add_callback(second)
+    trainer.train()
+    held = {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert held == {id(one) for one in model.parameters()}
+    assert len(model.config.removed_layers) == 4
+    assert set(first.selection.layers).isdisjoint(second.selection.layers)
+    # The same as with a Trainer of its own, and after resuming.
+    fresh = copy.deepcopy(start)
+    make_trainer(fresh, tmp_path / "fresh", [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments).train()
+    resumed = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, expected in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), f"{name} differs in the second training"
+        assert torch.equal(start.state_dict()[name], expected), f"{name} differs after resuming"
+
+
+def test_training_on_after_removal_can_be_resumed(model, tmp_path):
+    arguments = dict(save_strategy="steps", save_steps=4)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    trainer.train()
+    trainer.args.max_steps = 16
+    trainer.train()
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "checkpoint-12")
+    assert len(start.config.removed_layers) == 2
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    resumed = make_trainer(start, tmp_path, [callback], **{**arguments, "max_steps": 16})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_resuming_a_second_removal_into_a_model_before_the_first_is_refused(model, tmp_path):
+    whole = copy.deepcopy(model)
+    model.remove_attention([0, 1])
+    settings = dict(save_strategy="steps", save_steps=4, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=r"no attention in layers \[0, 1\].*load the model from the checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# What is said.
+
+
+def test_the_choice_is_one_line_at_the_default_log_level_with_its_picture(model, tmp_path, caplog):
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    make_trainer(model, tmp_path, [callback]).train()
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("lambda_vit_hf.training")]
+    assert f"attention of layers {callback.selection.layers}" in line
+    assert "of the resamples" in line and "step 8 of 12" in line
+    picture = tmp_path / "entropy.png"
+    assert str(picture) in line and picture.stat().st_size > 0
+
+
+def test_old_names_go_on_working_with_a_warning_that_points_here():
+    with pytest.warns(FutureWarning, match="removed_layers") as caught:
+        callback = EntropyGuidedRemovalCallback(layers=[3, 1])
+    assert callback.removal.amount.removed_layers == [1, 3]
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match="num_removed_layers"):
+        assert EntropyGuidedRemovalCallback(num_layers=2).removal.amount.num_removed_layers == 2
+
+
+def test_options_can_be_given_as_configurations(model, tmp_path):
+    callback = EntropyGuidedRemovalCallback(
+        num_removed_layers=2, selection=SelectionConfig(strategy="last"), dilution=DilutionConfig(fold=False)
+    )
+    make_trainer(model, tmp_path, [callback]).train()
+    assert model.config.removed_layers == [4, 5] and not model.config.fold_removed
+    with pytest.raises(ValueError, match="SelectionConfig, not beside it"):
+        EntropyGuidedRemovalCallback(num_removed_layers=2, selection=SelectionConfig(), mask="skip")
+    with pytest.raises(TypeError, match="no arguments"):
+        EntropyGuidedRemovalCallback(num_removed_layers=2, holdshare=0.5)
+
+
+def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=4)
+    start = copy.deepcopy(model)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["EntropyGuidedRemovalCallback"]
+    saved["args"] = {
+        "removal_ratio": None, "num_layers": 2, "layers": None, "calibration_size": 512, "strategy": "nose",
+        "output": None, "mask": "skip", "compare": "magnitude", "schedule": "linear", "hold_share": 0.25,
+        "granularity": "step", "fold": True,
+    }  # fmt: skip
+    path.write_text(json.dumps(state))
+    trainer = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_images_that_the_trainer_takes_out_are_named(model, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [[0.0]] * 8, "labels": [0] * 8})
+    rows = rows.with_transform(lambda batch: {"pixel_values": batch["image"], "labels": batch["labels"]})
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], rows)
+    with pytest.raises(ValueError, match=r"'image'.*remove_unused_columns=False"):
+        trainer.train()
 
 
 # Bad input: before training starts.
@@ -315,16 +477,16 @@ def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
     "arguments",
     [
         {},
-        {"num_layers": 1, "removal_ratio": 0.5},
-        {"num_layers": 1, "granularity": "batch"},
-        {"num_layers": 1, "schedule": "steep"},
-        {"num_layers": 1, "hold_share": 1.0},
-        {"num_layers": 1, "calibration_size": 0},
-        {"num_layers": 1, "strategy": "nsoe"},
-        {"num_layers": 1, "strategy": len},
-        {"num_layers": 1, "mask": "zip"},
-        {"num_layers": 1, "compare": "x"},
-        {"num_layers": 1, "output": "logits"},
+        {"num_removed_layers": 1, "removal_ratio": 0.5},
+        {"num_removed_layers": 1, "granularity": "batch"},
+        {"num_removed_layers": 1, "schedule": "steep"},
+        {"num_removed_layers": 1, "hold_share": 1.0},
+        {"num_removed_layers": 1, "calibration_size": 0},
+        {"num_removed_layers": 1, "strategy": "nsoe"},
+        {"num_removed_layers": 1, "strategy": len},
+        {"num_removed_layers": 1, "mask": "zip"},
+        {"num_removed_layers": 1, "compare": "x"},
+        {"num_removed_layers": 1, "output": "logits"},
     ],
     ids=str,
 )
@@ -338,10 +500,10 @@ def test_contradictory_arguments_are_refused_at_once(arguments):
     [
         ({"removal_ratio": 1.2}, r"\[0, 1\]"),
         ({"removal_ratio": -0.1}, r"\[0, 1\]"),
-        ({"num_layers": 6}, "at least one must stay"),
-        ({"layers": [6]}, "out of range"),
-        ({"layers": [1, 1]}, "more than once"),
-        ({"layers": [0, 1, 2, 3, 4, 5]}, "at least one must stay"),
+        ({"num_removed_layers": 6}, "at least one must stay"),
+        ({"removed_layers": [6]}, "out of range"),
+        ({"removed_layers": [1, 1]}, "more than once"),
+        ({"removed_layers": [0, 1, 2, 3, 4, 5]}, "at least one must stay"),
     ],
     ids=str,
 )
@@ -352,18 +514,20 @@ def test_amounts_that_do_not_fit_the_model_are_refused_when_the_trainer_is_built
 
 def test_a_plain_vit_is_refused_when_the_trainer_is_built(vit, tmp_path):
     with pytest.raises(ValueError, match="needs a LambdaViT model"):
-        make_trainer(vit, tmp_path, [EntropyGuidedRemovalCallback(num_layers=1)])
+        make_trainer(vit, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=1)])
 
 
 def test_an_empty_calibration_set_is_refused_before_the_first_step(model, tmp_path):
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_layers=1, calibration_dataset=[])])
+    trainer = make_trainer(
+        model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=1, calibration_dataset=[])]
+    )
     with pytest.raises(ValueError, match="empty"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 def test_a_training_too_short_to_dilute_is_refused(model, tmp_path):
-    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_layers=1)], max_steps=1)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=1)], max_steps=1)
     with pytest.raises(ValueError, match="at least 2"):
         trainer.train()
 

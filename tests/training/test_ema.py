@@ -1,13 +1,14 @@
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification, LambdaViTTrainer
 from lambda_vit_hf.training.checkpoints import what_is_broken
 from lambda_vit_hf.training.ema import EMA_FILE, EmaCallback
 from tests.training.test_callback import Blobs, make_trainer
@@ -124,10 +125,12 @@ def test_a_checkpoint_holds_raw_weights_and_the_average_beside_them(model, tmp_p
 def test_a_resumed_run_ends_in_the_same_average(model, tmp_path):
     settings = dict(save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=3)
     resumed = copy.deepcopy(model)
-    trained(model, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(layers=[1, 4])], **settings)
+    trained(model, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(removed_layers=[1, 4])], **settings)
     shutil.rmtree(tmp_path / "checkpoint-10")
     shutil.rmtree(tmp_path / "checkpoint-12")
-    trained(resumed, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(layers=[1, 4])], True, **settings)
+    trained(
+        resumed, tmp_path, [EmaCallback(DECAY), EntropyGuidedRemovalCallback(removed_layers=[1, 4])], True, **settings
+    )
     assert torch.equal(weights(resumed), weights(model))
     assert resumed.config.removed_layers == model.config.removed_layers == [1, 4]
 
@@ -170,21 +173,46 @@ def test_resuming_without_the_right_average_is_refused(model, tmp_path):
         resume()
 
 
-def test_a_checkpoint_whose_average_was_not_written_is_not_whole(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "what_is_missing"), [(LambdaViTTrainer, "no trainer_state.json"), (Trainer, f"no {EMA_FILE}")], ids=str
+)
+def test_a_checkpoint_whose_average_was_not_written_is_not_whole(model, tmp_path, monkeypatch, kind, what_is_missing):
     def disk_full(tensors, path, **kwargs):
         path.write_bytes(b"cut short")
         raise OSError("No space left on device")
 
     monkeypatch.setattr("lambda_vit_hf.training.ema.save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        trained(model, tmp_path, [EmaCallback(DECAY)], save_strategy="steps", save_steps=4)
+        trained(model, tmp_path, [EmaCallback(DECAY)], kind=kind, save_strategy="steps", save_steps=4)
     assert not (tmp_path / "checkpoint-4" / EMA_FILE).exists()
-    assert what_is_broken(tmp_path / "checkpoint-4") == "no trainer_state.json"
+    assert what_is_broken(tmp_path / "checkpoint-4") == what_is_missing
+
+
+def test_the_average_is_on_the_disk_before_the_checkpoint_is_whole(model, tmp_path, monkeypatch):
+    present = []
+
+    def saved(trainer, folder):
+        present.append(sorted(path.name for path in Path(folder).iterdir()))
+        Trainer._save_rng_state(trainer, folder)
+
+    monkeypatch.setattr(LambdaViTTrainer, "_save_rng_state", saved)
+    arguments = dict(save_strategy="steps", save_steps=6)
+    trained(model, tmp_path, [EmaCallback(DECAY)], kind=LambdaViTTrainer, **arguments)
+    assert len(present) == 2
+    assert all(EMA_FILE in names and "trainer_state.json" not in names for names in present)
+
+
+def test_asking_for_the_state_writes_nothing(model, tmp_path):
+    ema = EmaCallback(DECAY)
+    trained(model, tmp_path, [ema], save_strategy="steps", save_steps=6)
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    assert ema.state()["args"]["decay"] == DECAY
+    assert not (tmp_path / "checkpoint-12").exists()
 
 
 def test_the_shipped_model_is_the_average_removed_and_folded(model, tmp_path):
     by_hand = ByHand()
-    callbacks = [EmaCallback(DECAY), by_hand, EntropyGuidedRemovalCallback(layers=[1, 4])]
+    callbacks = [EmaCallback(DECAY), by_hand, EntropyGuidedRemovalCallback(removed_layers=[1, 4])]
     trainer = trained(model, tmp_path, callbacks)
     expected = by_hand.average.module
     expected.set_attention_lambda(0.0, [1, 4])
@@ -210,7 +238,7 @@ def test_lambda_is_copied_and_the_averaged_model_follows_it(model, tmp_path):
             states = [[layer.attention_state for layer in one.encoder_layers] for one in (averaged, model)]
             assert states[0] == states[1]
 
-    trained(model, tmp_path, [ema, Watch(), EntropyGuidedRemovalCallback(layers=[2])])
+    trained(model, tmp_path, [ema, Watch(), EntropyGuidedRemovalCallback(removed_layers=[2])])
     assert seen[0] == 1.0 and 0.0 < seen[4] < 1.0 and seen[-1] == 0.0
 
 
@@ -230,7 +258,7 @@ def test_the_best_checkpoints_average_is_shipped(model, tmp_path):
 
 def test_standing_after_the_removal_is_refused_before_the_first_step(model, tmp_path):
     with pytest.raises(ValueError, match="must stand before EntropyGuidedRemovalCallback"):
-        trained(model, tmp_path, [EntropyGuidedRemovalCallback(layers=[1]), EmaCallback(DECAY)])
+        trained(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[1]), EmaCallback(DECAY)])
     assert model.config.removed_layers == []
 
 

@@ -27,7 +27,7 @@ class PoisonAt(TrainerCallback):
 
 
 def test_a_nan_loss_stops_before_the_weights_are_spoiled(model, tmp_path):
-    callbacks = [EntropyGuidedRemovalCallback(layers=[1]), StopOnNonFiniteGradient(), PoisonAt()]
+    callbacks = [EntropyGuidedRemovalCallback(removed_layers=[1]), StopOnNonFiniteGradient(), PoisonAt()]
     trainer = make_trainer(model, tmp_path, callbacks, save_strategy="steps", save_steps=1)
     with pytest.raises(FloatingPointError, match="step 3"):
         trainer.train()
@@ -49,7 +49,7 @@ class TerminateAt(TrainerCallback):
 
 
 def callbacks(*more):
-    return [SaveOnSigterm(), EntropyGuidedRemovalCallback(layers=[1, 2]), *more]
+    return [SaveOnSigterm(), EntropyGuidedRemovalCallback(removed_layers=[1, 2]), *more]
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(model, tmp_path):
@@ -91,7 +91,7 @@ class Notes(TrainerCallback):
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
 def test_after_sigterm_nothing_is_evaluated_and_one_checkpoint_saved(model, tmp_path, strategy):
     notes = Notes()
-    guards = [SaveOnSigterm(), EmaCallback(decay=0.5), EntropyGuidedRemovalCallback(layers=[1, 2])]
+    guards = [SaveOnSigterm(), EmaCallback(decay=0.5), EntropyGuidedRemovalCallback(removed_layers=[1, 2])]
     trainer = make_trainer(
         model, tmp_path, [*guards, TerminateAt(3), notes], eval_strategy=strategy, save_strategy=strategy,
         eval_steps=4, save_steps=4,
@@ -121,7 +121,7 @@ def terminate_one_of_two(folder, rank):
     model = LambdaViTForImageClassification(LambdaViTForImageClassification.config_class(**TINY))
     guard = SaveOnSigterm()
     more = [TerminateAt(4)] if rank == 1 else []
-    trainer = make_trainer(model, folder, [guard, EntropyGuidedRemovalCallback(layers=[1]), *more])
+    trainer = make_trainer(model, folder, [guard, EntropyGuidedRemovalCallback(removed_layers=[1]), *more])
     try:
         trainer.train()
     except SystemExit as ended:
@@ -142,7 +142,7 @@ def test_steps_between_two_agreements_are_no_longer_chosen():
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_a_launcher_that_splits_up_the_model_is_refused(model, tmp_path, monkeypatch, kind):
-    trainer = make_trainer(model, tmp_path, [EmaCallback(), EntropyGuidedRemovalCallback(layers=[1])])
+    trainer = make_trainer(model, tmp_path, [EmaCallback(), EntropyGuidedRemovalCallback(removed_layers=[1])])
     monkeypatch.setattr(trainer.args.distributed_state, "distributed_type", DistributedType[kind])
     for event in (trainer.callback_handler.on_init_end, trainer.callback_handler.on_train_begin):
         with pytest.raises(ValueError, match="needs the whole model in each process"):

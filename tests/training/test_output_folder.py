@@ -17,7 +17,7 @@ def training_args(folder: Path, **options) -> LambdaTrainingArguments:
     return LambdaTrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **options)
 
 
-def write_checkpoint(folder: Path, num_processes: int = 1, averaged: bool = False) -> Path:
+def write_checkpoint(folder: Path, num_processes: int = 1, averaged: bool = False, callbacks=()) -> Path:
     folder.mkdir(parents=True)
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     if averaged:
@@ -27,8 +27,8 @@ def write_checkpoint(folder: Path, num_processes: int = 1, averaged: bool = Fals
     names = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     for name in names:
         torch.save({}, folder / name)
-    for name in ("config.json", "trainer_state.json"):
-        (folder / name).write_text(json.dumps({}))
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {name: {} for name in callbacks}}))
     return folder
 
 
@@ -54,16 +54,14 @@ def test_resuming_goes_on_with_the_base_model_if_that_was_not_finished(tmp_path)
 
 
 def test_a_checkpoint_without_its_average_is_passed_over_where_weights_are_averaged(tmp_path, caplog):
-    write_checkpoint(tmp_path / "checkpoint-2", averaged=True)
-    write_checkpoint(tmp_path / "checkpoint-4")
-    averaging = training_args(tmp_path, resume_from_checkpoint="true", ema_decay=0.9)
-    assert open_output_folder(averaging).checkpoint == tmp_path / "checkpoint-2"
+    write_checkpoint(tmp_path / "checkpoint-2", averaged=True, callbacks=["EmaCallback"])
+    write_checkpoint(tmp_path / "checkpoint-4", callbacks=["EmaCallback"])
+    resuming = training_args(tmp_path, resume_from_checkpoint="true")
+    assert open_output_folder(resuming).checkpoint == tmp_path / "checkpoint-2"
     assert f"no {EMA_FILE}" in caplog.text
-    named = training_args(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), ema_decay=0.9)
+    named = training_args(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     with pytest.raises(ValueError, match=EMA_FILE):
         open_output_folder(named)
-    plain = training_args(tmp_path, resume_from_checkpoint="true")
-    assert open_output_folder(plain).checkpoint == tmp_path / "checkpoint-4"
 
 
 def test_another_number_of_processes_is_said(tmp_path, caplog):

@@ -70,7 +70,7 @@ def test_trackers_see_speed_and_lambda(model, tmp_path):
         output_dir=str(tmp_path), per_device_train_batch_size=4, logging_steps=2, report_to="tensorboard",
         use_cpu=True, disable_tqdm=True, save_strategy="no", num_train_epochs=1,
     )  # fmt: skip
-    callbacks = [EntropyGuidedRemovalCallback(layers=[1]), ThroughputCallback()]
+    callbacks = [EntropyGuidedRemovalCallback(removed_layers=[1]), ThroughputCallback()]
     trainer = Trainer(model=model, args=args, train_dataset=Images(), callbacks=callbacks)
     handler = trainer.callback_handler
     handler.callbacks = [*callbacks, *[one for one in handler.callbacks if one not in callbacks]]

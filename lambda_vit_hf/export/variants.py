@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..evaluation.accounting import count_macs, count_parameters
+from ..evaluation.classifier import load_classifier
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .onnx import LogitsOnly, export_onnx, exported_program, quantize_onnx
@@ -40,19 +41,19 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Contest:
+class BenchmarkSetup:
     """
-    What all contenders of a benchmark have in common. Small and picklable: a process of its own can rebuild any of
+    What all variants in a benchmark have in common. Small and picklable: a process of its own can rebuild any of
     them.
 
     Args:
         size (`str`, *optional*, defaults to `"base"`): DeiT's `"tiny"`, `"small"` or `"base"`, random weights.
         model (`str`, *optional*): a ViT checkpoint to start from instead.
-        layers (`tuple[int, ...]`, *optional*): layers that the step `removed` removes. DeiT-B's 40 % in the paper.
+        removed_layers (`tuple[int, ...]`, *optional*): what the step `removed` removes. DeiT-B's 40 % in the paper.
         merging_r (`int`, *optional*, defaults to 24), merging_start (`int`, *optional*, defaults to 1):
             Of the step `merged`: tokens per block, and the first block that merges among those that keep attention.
             The paper's for DeiT-B without 5 layers.
-        dtype (`str`, *optional*, defaults to `"fp32"`): of contenders that name none.
+        dtype (`str`, *optional*, defaults to `"fp32"`): of variants that name none.
         device (`str`, *optional*, defaults to `"cpu"`): where they run.
         image_size (`int`, *optional*, defaults to 224): of random weights.
         num_hidden_layers (`int`, *optional*, defaults to 12): of random weights.
@@ -60,7 +61,7 @@ class Contest:
 
     size: str = "base"
     model: str | None = None
-    layers: tuple[int, ...] = (0, 1, 3, 4, 6)
+    removed_layers: tuple[int, ...] = (0, 1, 3, 4, 6)
     merging_r: int = 24
     merging_start: int = 1
     dtype: str = "fp32"
@@ -72,7 +73,7 @@ class Contest:
     def base_model(self) -> LambdaViTForImageClassification:
         """The model that `transformers`, `timm` and `lambda` start from; in eval mode, float32, on the CPU."""
         if self.model:
-            return LambdaViTForImageClassification.from_pretrained(self.model, dtype=torch.float32).eval()
+            return load_classifier(self.model, model_class=LambdaViTForImageClassification)
         shape = dict(image_size=self.image_size, num_hidden_layers=self.num_hidden_layers, **SIZES[self.size])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -80,13 +81,13 @@ class Contest:
 
 
 @dataclass
-class Contender:
+class Variant:
     """
     A model, ready to be timed.
 
     Attributes:
-        name: as asked for, steps in order, without the precision.
-        run: from pixel values (in `dtype`, on the contest's device) to logits.
+        name: source and steps in order, without the precision.
+        run: from pixel values (in `dtype`, on the setup's device) to logits.
         dtype: of the pixel values it takes.
         function: which function it computes: those with the same value should agree. `None`: its own.
         image_shape: `(channels, height, width)` of one image.
@@ -114,7 +115,7 @@ class Contender:
         return "int8" if "int8" in self.name.split("+") else _SHORT[self.dtype]
 
     def images(self, batch_size: int) -> torch.Tensor:
-        """Noise `(batch, channels, height, width)` that it takes: the same for every contender."""
+        """Noise `(batch, channels, height, width)` that it takes: the same for every variant."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(batch_size, *self.image_shape, generator=generator)
         return noise.to(self.device, self.dtype)
@@ -123,9 +124,9 @@ class Contender:
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def parse_contender(name: str) -> tuple[str, list[str]]:
+def parse_variant(name: str) -> tuple[str, list[str]]:
     """
-    Source and steps of a contender's name, the steps in the order in which they are taken.
+    Source and steps of a variant's name, the steps in the order in which they are taken.
 
     Raises:
         ValueError: on steps that are repeated or cannot be combined.
@@ -156,25 +157,25 @@ def parse_contender(name: str) -> tuple[str, list[str]]:
     return source, [step for step in STEPS if step in chosen]
 
 
-def build_contender(name: str, contest: Contest) -> Contender:
+def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
     """
     Build the model that a name stands for (see the top of this file).
 
     Raises:
-        ValueError: if the name makes no sense, or not for this contest's model.
+        ValueError: if the name makes no sense, or not for this setup's model.
     """
-    source, steps = parse_contender(name)
+    source, steps = parse_variant(name)
     if source.endswith(".onnx"):
         return _onnx_file(Path(source))
     if not set(steps) & set(DTYPES):
-        steps = [step for step in STEPS if step in {*steps, contest.dtype}]
-    model, config, function = _build_model(source, steps, contest)
+        steps = [step for step in STEPS if step in {*steps, setup.dtype}]
+    model, config, function = _build_model(source, steps, setup)
     dtype = next(DTYPES[step] for step in steps if step in DTYPES)
-    model = model.to(contest.device, dtype)
+    model = model.to(setup.device, dtype)
     if "stacked" in steps or "prepared" in steps:
         model.prepare_for_inference(class_token_only="prepared" in steps)
     shown = [step for step in steps if step not in DTYPES]
-    contender = Contender(
+    variant = Variant(
         name="+".join([source, *shown]),
         run=LogitsOnly(model).eval(),
         dtype=dtype,
@@ -183,59 +184,61 @@ def build_contender(name: str, contest: Contest) -> Contender:
         parameters=count_parameters(model),
         macs=count_macs(config),
         weights_bytes=sum(value.nbytes for value in model.state_dict().values()),
-        device=contest.device,
+        device=setup.device,
     )
-    _start_engine(contender, model, steps)
-    return contender
+    _start_engine(variant, model, steps)
+    return variant
 
 
-def _build_model(source: str, steps: list[str], contest: Contest) -> tuple[nn.Module, LambdaViTConfig, str | None]:
+def _build_model(
+    source: str, steps: list[str], setup: BenchmarkSetup
+) -> tuple[nn.Module, LambdaViTConfig, str | None]:
     if source == "transformers":
-        base = contest.base_model
+        base = setup.base_model
         return as_transformers_vit(base), base.config, "all attention"
     if source in SOURCES:
-        model, function = copy.deepcopy(contest.base_model), "all attention"
+        model, function = copy.deepcopy(setup.base_model), "all attention"
         if "removed" in steps:
-            model.remove_attention(list(contest.layers))
+            model.remove_attention(list(setup.removed_layers))
             function = "removed"
         if source == "timm":
             return as_timm_vit(model), model.config, function
     else:
-        model, function = LambdaViTForImageClassification.from_pretrained(source, dtype=torch.float32).eval(), source
+        model, function = load_classifier(source, model_class=LambdaViTForImageClassification), source
         if "removed" in steps:
-            model.remove_attention(list(contest.layers))
+            model.remove_attention(list(setup.removed_layers))
             function = f"{source} removed"
     if "folded" in steps:
         model.fold_removed_attention()
     if "merged" in steps:
-        model.set_token_merging(contest.merging_r, start=contest.merging_start)
+        model.set_token_merging(setup.merging_r, start=setup.merging_start)
         function = None
     return model, model.config, function
 
 
-def _start_engine(contender: Contender, model: nn.Module, steps: list[str]) -> None:
-    """Replaces `contender.run` by a compiled, exported or onnxruntime one."""
+def _start_engine(variant: Variant, model: nn.Module, steps: list[str]) -> None:
+    """Replaces `variant.run` by a compiled, exported or onnxruntime one."""
     if "compiled" in steps:
-        # A limit of recompilations for each contender, static shapes, and an error instead of eager without a word.
-        contender.run = torch.compile(contender.run, fullgraph=True, dynamic=False, isolate_recompiles=True)
+        # A limit of recompilations for each variant, static shapes, and an error instead of eager without a word.
+        variant.run = torch.compile(variant.run, fullgraph=True, dynamic=False, isolate_recompiles=True)
     elif "exported" in steps:
-        contender.run = exported_program(model, contender.images(2)).module()
+        variant.run = exported_program(model, variant.images(2)).module()
     elif "onnx" in steps:
-        contender.folder = tempfile.TemporaryDirectory()
-        contender.file = path = Path(contender.folder.name) / "model.onnx"
-        export_onnx(model, path, contender.images(2))
+        variant.folder = tempfile.TemporaryDirectory()
+        variant.file = path = Path(variant.folder.name) / "model.onnx"
+        export_onnx(model, path, variant.images(2))
         if "int8" in steps:
-            contender.file, contender.function = path.with_name("int8.onnx"), None
-            quantize_onnx(path, contender.file)
-        contender.weights_bytes = contender.file.stat().st_size
-        contender.run, contender.device = _run_session(contender.file), "cpu"
+            variant.file, variant.function = path.with_name("int8.onnx"), None
+            quantize_onnx(path, variant.file)
+        variant.weights_bytes = variant.file.stat().st_size
+        variant.run, variant.device = _run_session(variant.file), "cpu"
 
 
-def _onnx_file(path: Path) -> Contender:
+def _onnx_file(path: Path) -> Variant:
     if not path.is_file():
         raise ValueError(f"There is no ONNX file {path}.")
     (pixel_values,) = _session(path).get_inputs()
-    return Contender(
+    return Variant(
         name=str(path),
         run=_run_session(path),
         dtype=torch.float16 if pixel_values.type == "tensor(float16)" else torch.float32,

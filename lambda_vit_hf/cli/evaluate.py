@@ -1,37 +1,25 @@
 """Top-1, top-5 and throughput of an image classifier on a dataset.
 
-    python trainer_scripts/evaluate.py outputs/digits --dataset_name digits
-    python trainer_scripts/evaluate.py facebook/deit-base-patch16-224 --dataset_name ILSVRC/imagenet-1k \
-        --dtype bfloat16
-    python trainer_scripts/evaluate.py outputs/mine --dataset_dir path/to/images --output outputs/mine/evaluation.json
-    accelerate launch --config_file trainer_scripts/accelerate_configs/two_cpu_processes.yaml \
-        trainer_scripts/evaluate.py outputs/digits --dataset_name digits --device cpu
+    lambda-vit evaluate outputs/digits --dataset_name digits
+    lambda-vit evaluate facebook/deit-base-patch16-224 --dataset_name ILSVRC/imagenet-1k --dtype bfloat16
+    lambda-vit evaluate outputs/mine --dataset_dir path/to/images --output outputs/mine/evaluation.json
+    accelerate launch --config_file trainer_scripts/accelerate_configs/two_cpu_processes.yaml \\
+        -m lambda_vit_hf.cli.evaluate outputs/digits --dataset_name digits --device cpu
 
 Takes any checkpoint with an image classification head. Labels are matched by class names, so the dataset may count its
 classes in another order than the model. Unreadable images are left out and counted.
 """
 
 import argparse
-import importlib
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-
-def step_aside_for_the_library() -> None:
-    """Put Hugging Face's `evaluate` in the place of this file, where a program of this folder imports that name."""
-    # Python looks beside the running program first, so `import evaluate` finds this file.
-    here, path = Path(__file__).resolve().parent, sys.path
-    sys.path = [entry for entry in path if Path(entry).resolve() != here]
-    try:
-        del sys.modules["evaluate"]
-        importlib.import_module("evaluate")
-    finally:
-        sys.path = path
+from .runner import program_parser, run_program
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = program_parser("evaluate", __doc__)
     add = parser.add_argument
     add("model", help="Hub id or folder of an image classifier")
     data = parser.add_mutually_exclusive_group(required=True)
@@ -50,22 +38,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
 
     import torch
     from accelerate import Accelerator
     from transformers import AutoImageProcessor
 
-    import lambda_vit_hf  # noqa: F401 - registers LambdaViT with the Auto classes
-    from lambda_vit_hf.evaluation.evaluate import (
-        class_indices,
-        evaluate_model,
-        load_classifier,
-        load_split,
-        read_images,
-    )
-    from lambda_vit_hf.evaluation.throughput import describe_environment, environment_line
+    from ..evaluation.classifier import load_classifier
+    from ..evaluation.evaluate import class_indices, evaluate_model, load_split, read_images
+    from ..evaluation.throughput import describe_environment, environment_line
 
     accelerator = Accelerator(cpu=arguments.device == "cpu")
     with accelerator.main_process_first():
@@ -110,6 +92,4 @@ def describe(model: str, figures: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
-elif __name__ == "evaluate":
-    step_aside_for_the_library()
+    run_program("evaluate", main)

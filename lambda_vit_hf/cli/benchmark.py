@@ -1,0 +1,127 @@
+"""Measure inference on this machine: throughput, latency, memory, size. Prints Markdown, writes JSON and a picture.
+
+    lambda-vit benchmark --size base                           # DeiT-B's shape; under 5 minutes on a CPU
+    lambda-vit benchmark --size small --batch_sizes 1 8 32 --dtype bf16 --compile
+    lambda-vit benchmark --variants transformers lambda+removed+folded+prepared \\
+        lambda+removed+folded+merged+prepared+bf16 lambda+removed+folded+merged+prepared+onnx+int8
+    lambda-vit benchmark --device cuda --dtype bf16 --batch_sizes 256 --compile
+    lambda-vit benchmark --model outputs/digits/base --dataset_name digits --merging_r 1 \\
+        --variants transformers outputs/digits outputs/digits+prepared+bf16 outputs/digits+merged+prepared+onnx+int8
+
+Variants run in turns, in one process; ratios are taken round by round, and their median is shown. Weights are random
+unless --model names a checkpoint: speed does not depend on them. A variant is a source (transformers, timm, lambda, a
+checkpoint, an ONNX file) and steps: removed, folded, merged, stacked (one projection for query, key and value),
+prepared (stacked, and only the class token from the last attention on), fp32, bf16, fp16, compiled, exported, onnx,
+int8. Files in --output_dir: inference.json, inference.md and inference.png.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .runner import Renamed, program_parser, run_program
+
+
+CPU_VARIANTS = [
+    "transformers", "timm+removed", "lambda+removed+folded+stacked", "lambda+removed+folded+prepared",
+    "transformers+bf16", "timm+removed+bf16", "lambda+removed+folded+stacked+bf16",
+    "lambda+removed+folded+prepared+bf16", "lambda+removed+folded+merged+prepared+bf16",
+]  # fmt: skip
+VARIANTS = ["transformers", "timm", "timm+removed", "lambda+removed+folded", "lambda+removed+folded+prepared",
+            "lambda+removed+folded+merged+prepared"]  # fmt: skip
+_ENGINES = {"onnx", "exported", "compiled"}
+
+
+def add_setup_arguments(parser: argparse.ArgumentParser, size: str, dtypes: Sequence[str]) -> None:
+    """The options that every benchmark has."""
+    add = parser.add_argument
+    add("--size", choices=["tiny", "small", "base"], default=size, help=f"DeiT's shapes; default {size}")
+    add("--model", help="start from this ViT checkpoint instead of random weights")
+    add("--removed_layers", "--layers", action=Renamed, type=int, nargs="+", default=[0, 1, 3, 4, 6],
+        help="what `removed` removes; default DeiT-B's 40 %%")  # fmt: skip
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", choices=dtypes, help="default fp32")
+    add("--output_dir", type=Path, default=Path("outputs/benchmark"))
+
+
+def read_setup(arguments: argparse.Namespace, **changes):
+    """The [`BenchmarkSetup`] of options added by [`add_setup_arguments`]."""
+    from ..export.variants import BenchmarkSetup
+
+    return BenchmarkSetup(
+        size=arguments.size,
+        model=arguments.model,
+        removed_layers=tuple(arguments.removed_layers),
+        dtype=arguments.dtype or "fp32",
+        device=arguments.device,
+        **changes,
+    )
+
+
+def write_result(name: str, result: dict, table: str, output_dir: Path) -> None:
+    """Print the table, and write it and its figures to NAME.md and NAME.json."""
+    from ..evaluation.throughput import environment_line
+
+    text = "\n\n".join([table, *result.get("notes", []), environment_line(result["environment"])])
+    print(text)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (output_dir / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\nWritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob(f'{name}.*')))}")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = program_parser("benchmark", __doc__)
+    add_setup_arguments(parser, "base", ["fp32", "bf16", "fp16"])
+    add = parser.add_argument
+    add("--variants", "--contenders", action=Renamed, nargs="+", help="see above; speed-ups are against the first")
+    add("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    add("--compile", action="store_true", help="compare each torch variant compiled, too")
+    add("--merging_r", type=int, default=24, help="of the step `merged`: tokens per block that keeps attention")
+    add("--merging_start", type=int, default=1, help="of the step `merged`: first such block that merges")
+    add("--max_rounds", type=int, default=30)
+    add("--max_seconds", type=float, default=200.0, help="no new round after it (but 3 in any case)")
+    add("--no_memory", action="store_true", help="leave out peak memory")
+    add("--dataset_name", help="measure top-1 on this dataset's validation split too: Hub id, or `digits`")
+    add("--dataset_dir", help="the same from a folder")
+    add("--num_images", type=int, default=2000, help="of that split, evenly spaced")
+    if not argv:
+        parser.error("give at least one option, such as --size base")
+    if argv[0] in ("training", "input", "search"):
+        parser.error(f"`{argv[0]}` is a program of a checkout now: python -m benchmarks.{argv[0]}_speed")
+    arguments = parser.parse_args(argv[1:] if argv[0] == "inference" else argv)  # the first word of old commands
+    if (arguments.dataset_name or arguments.dataset_dir) and not arguments.model:
+        parser.error("accuracy needs trained weights: name a checkpoint with --model")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+
+    from ..export.inference_speed import inference_table, measure_inference
+    from ..export.speed_picture import plot_inference
+
+    names = arguments.variants
+    if names is None:
+        names = CPU_VARIANTS if arguments.device == "cpu" and arguments.dtype is None else VARIANTS
+    if arguments.compile:
+        names = [*names, *(f"{name}+compiled" for name in names if not _ENGINES & set(name.split("+")))]
+    labelled = None
+    if arguments.dataset_name or arguments.dataset_dir:
+        from ..evaluation.evaluate import labelled_images
+
+        labelled = labelled_images(
+            arguments.model, arguments.dataset_name, arguments.dataset_dir, arguments.num_images
+        )
+    setup = read_setup(arguments, merging_r=arguments.merging_r, merging_start=arguments.merging_start)
+    result = measure_inference(names, setup, arguments.batch_sizes, arguments.max_rounds, arguments.max_seconds,
+                               not arguments.no_memory, labelled)  # fmt: skip
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    plot_inference(result, arguments.output_dir / "inference.png")
+    write_result("inference", result, inference_table(result), arguments.output_dir)
+
+
+if __name__ == "__main__":
+    run_program("benchmark", main)

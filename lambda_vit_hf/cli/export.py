@@ -1,0 +1,77 @@
+"""Export a trained model: a folder that onnxruntime alone can serve, or a `torch.export` program; logits are compared.
+
+    lambda-vit export outputs/digits --output_dir outputs/digits_onnx --dataset_name digits
+    lambda-vit export outputs/digits --output_dir outputs/digits_int8 --dataset_name digits --int8
+    lambda-vit export outputs/digits --output_dir outputs/digits_pt2 --format torch_export
+    python outputs/digits_onnx/serve.py picture.png
+
+Takes any ViT checkpoint with a trained class head, of the Hub or on disk, removed layers or not. With a dataset, the
+comparison runs on images of its validation split, else on noise. `--token_merging_r 8` exports the model with that
+token merging.
+Needs onnx, onnxruntime and onnxscript: pip install 'lambda-vit-hf[export]'.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .runner import program_parser, run_program
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = program_parser("export", __doc__)
+    add = parser.add_argument
+    add("model", help="Hub id or folder of any ViT checkpoint")
+    add("--output_dir", type=Path, required=True, help="must not exist, or be empty")
+    add("--format", choices=["onnx", "torch_export"], default="onnx")
+    add("--int8", action="store_true", help="8-bit linear layers (onnx)")
+    add("--token_merging_r", type=int, help="tokens merged per block that keeps attention")
+    add("--token_merging_start", type=int, default=0, help="first of these blocks that merges")
+    add("--dataset_name", help="compare on images of this dataset: Hub id, or `digits`")
+    add("--dataset_dir", help="the same from a folder")
+    add("--num_images", type=int, default=256, help="compared, of the validation split, evenly spaced")
+    arguments = parser.parse_args(argv)
+    if arguments.int8 and arguments.format != "onnx":
+        parser.error("--int8 is for --format onnx")
+    if arguments.num_images < 1:
+        parser.error("--num_images must be at least 1")
+    if arguments.dataset_name and arguments.dataset_dir:
+        parser.error("give one of --dataset_name and --dataset_dir")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+
+    from transformers import AutoImageProcessor
+
+    from lambda_vit_hf import LambdaViTForImageClassification
+
+    from ..evaluation.classifier import load_classifier
+    from ..export.onnx import export_program
+    from ..export.serving_folder import export_for_serving
+
+    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
+        raise FileExistsError(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")
+    model = load_classifier(arguments.model, model_class=LambdaViTForImageClassification)
+    if arguments.token_merging_r is not None:
+        model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
+    model.prepare_for_inference()
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    images = None
+    if arguments.dataset_name or arguments.dataset_dir:
+        from ..evaluation.evaluate import processed_images  # needs the extra `train`
+
+        images = processed_images(arguments.dataset_name, arguments.dataset_dir, processor, arguments.num_images)
+    if arguments.format == "onnx":
+        check = export_for_serving(model, processor, arguments.output_dir, images, int8=arguments.int8)
+    else:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        check = export_program(model, arguments.output_dir / "model.pt2", images)
+        processor.save_pretrained(arguments.output_dir)
+    print(check)
+    print(f"Written to {arguments.output_dir}.")
+
+
+if __name__ == "__main__":
+    run_program("export", main)

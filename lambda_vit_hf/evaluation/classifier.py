@@ -1,0 +1,31 @@
+"""Loading an image classifier that is to be measured or served: whole, or not at all."""
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+
+def load_classifier(
+    name_or_path: str, dtype: torch.dtype = torch.float32, model_class: type = AutoModelForImageClassification
+) -> PreTrainedModel:
+    """
+    An image classifier of the Hub or a folder, in eval mode.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of its weights.
+        model_class (`type`, *optional*, defaults to `AutoModelForImageClassification`): what loads it.
+
+    Raises:
+        ValueError: if a weight is missing from the checkpoint or has another shape, such as those of a class head
+            that was never trained: it would be random.
+    """
+    # Mismatches are listed instead of raised, to name them below.
+    model, info = model_class.from_pretrained(
+        name_or_path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    random = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if random:
+        raise ValueError(
+            f"{name_or_path} lacks {len(random)} weights, which would be random: {random[:5]}. Train it first."
+        )
+    return model.eval()

@@ -1,0 +1,133 @@
+"""From a checkpoint at lambda = 0 to the finished model: without the attention that is off, folded, with its card."""
+
+import json
+from pathlib import Path
+
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor
+
+from ..hub.facts import ModelCardFacts, comparison_rows, final_evaluation, hub_base_model, model_size
+from ..hub.model_card import write_model_card
+from ..models.pretrained_model import LambdaPreTrainedModel
+from ..selection.select import AttentionSelection
+from .checkpoints import EMA_FILE
+from .removal import AttentionRemoval
+
+
+_NOTE = """# A checkpoint, not a finished model
+
+Attention layers {layers} are off here (lambda = 0), but their weights are still in the file, for training to go on.
+To write the finished model, without them{folded}:
+
+    lambda-vit finish {checkpoint}
+"""
+
+
+def tell_how_to_finish(checkpoint: Path, removal: AttentionRemoval, model: LambdaPreTrainedModel) -> None:
+    """Write a README.md into the folder of a checkpoint at lambda = 0."""
+    if checkpoint.is_dir() and not removal.is_diluting(model):
+        folded = " and folded" if removal.dilution_config.fold else ""
+        note = _NOTE.format(layers=removal.selection.layers, folded=folded, checkpoint=checkpoint.name)
+        (checkpoint / "README.md").write_text(note, encoding="utf-8")
+
+
+def finish_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
+    """
+    Write the finished model of a Trainer's checkpoint at lambda = 0: layers removed, folded if training would have
+    folded, the average of the weights where one was kept; image processor, `selection.json` and model card with it.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder `checkpoint-N` of a training with [`EntropyGuidedRemovalCallback`].
+        output_dir (`str` or `Path`): a new or empty folder.
+
+    Returns:
+        `output_dir` as a path.
+
+    Raises:
+        FileExistsError: if the output folder is not empty.
+        FileNotFoundError: if the checkpoint is not there or has no `trainer_state.json`.
+        ValueError: if it is of another training, or lambda is above 0.
+        OSError: if its weights are damaged.
+    """
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} is not empty: the finished model needs a folder of its own.")
+    state, run, fold = _read_state(checkpoint)
+    selection, model = AttentionSelection.from_dict(run["selection"]), _load_model(checkpoint)
+    lambdas = model.attention_lambdas
+    diluting = {layer: lambdas[layer] for layer in selection.layers if lambdas[layer]}
+    if diluting:
+        raise ValueError(
+            f"{checkpoint} is not at lambda = 0, but at {diluting}: resume its training, or take a later checkpoint."
+        )
+    average_is_evaluated = _take_average(model, checkpoint, state)
+    size_before = model_size(model)
+    left = [layer for layer in selection.layers if lambdas[layer] is not None]
+    model.remove_attention(left)
+    if fold and left:
+        model.fold_removed_attention()
+    model.save_pretrained(output_dir)
+    if (checkpoint / "preprocessor_config.json").is_file():
+        AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output_dir)
+    selection.save(output_dir / "selection.json")
+    metrics = final_evaluation(_Arguments, state) if average_is_evaluated else {}
+    write_model_card(output_dir, _facts(output_dir, model, selection, size_before, state, run, metrics))
+    return output_dir
+
+
+class _Arguments:
+    load_best_model_at_end = False  # the checkpoint is the one that is asked for
+
+
+def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool]:
+    """The Trainer's state, what the callback kept in it, and whether to fold."""
+    path = checkpoint / "trainer_state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint} is no whole checkpoint of a Trainer: there is no {path.name}.")
+    try:
+        state = transformers.TrainerState.load_from_json(str(path))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise OSError(f"{path} is damaged ({error}). Take another checkpoint.") from error
+    saved = state.stateful_callbacks.get("EntropyGuidedRemovalCallback", {})
+    run = saved.get("attributes", {}).get("checkpointed_run", {})
+    if not run.get("selection"):
+        raise ValueError(f"{checkpoint} was written without EntropyGuidedRemovalCallback: nothing is to be removed.")
+    return state, run, saved["args"].get("dilution", saved["args"])["fold"]
+
+
+def _load_model(checkpoint: Path) -> LambdaPreTrainedModel:
+    config = AutoConfig.from_pretrained(checkpoint)
+    # The Auto class under which the saved class is listed.
+    auto = next(name for name, kind in config.auto_map.items() if kind.endswith(f".{config.architectures[0]}"))
+    return getattr(transformers, auto).from_pretrained(checkpoint)
+
+
+def _take_average(model, checkpoint: Path, state) -> bool:
+    """Put the checkpoint's average into the model, if it keeps one. Returns whether metrics are of these weights."""
+    saved = state.stateful_callbacks.get("EmaCallback")
+    if saved is None:
+        return True
+    if not (checkpoint / EMA_FILE).is_file():
+        raise FileNotFoundError(f"{checkpoint / EMA_FILE} is missing: the average that training would have shipped.")
+    model.load_state_dict(load_file(checkpoint / EMA_FILE))
+    return saved["args"]["use_for_evaluation"]
+
+
+def _facts(output_dir, model, selection, size_before, state, run, metrics) -> ModelCardFacts:
+    schedule = run["dilution"]
+    return ModelCardFacts(
+        name=output_dir.resolve().name,
+        rows=comparison_rows({"before": size_before, "after": model_size(model)}),
+        selection=selection,
+        training={
+            "epochs": f"{state.epoch or 0:.4g}",
+            "optimizer steps": f"{state.global_step} of {state.max_steps}",
+            "lambda schedule": f"{schedule['shape']}, last {schedule['hold_share']:.0%} of training at 0",
+        },
+        evaluation={name.removeprefix("eval_"): f"{value:.4f}" for name, value in metrics.items()},
+        accuracy=metrics.get("eval_accuracy"),
+        base_model=hub_base_model(model.config),
+        folded=model.config.fold_removed,
+        is_classifier=hasattr(model, "classifier"),
+    )

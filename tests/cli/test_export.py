@@ -1,0 +1,59 @@
+"""`lambda-vit export`: what it writes, what it needs, what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import ViTImageProcessor
+
+from lambda_vit_hf import LambdaViTModel
+from lambda_vit_hf.cli import export
+
+
+def test_export_writes_the_folder_and_says_what_it_compared(folder, tmp_path, capsys):
+    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2"])
+    assert "largest difference of a logit" in capsys.readouterr().out
+    assert (tmp_path / "served" / "serve.py").is_file()
+    export.main([str(folder), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
+    assert (tmp_path / "program" / "model.pt2").is_file()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        export.main([str(folder), "--output_dir", str(tmp_path / "served")])
+
+
+def test_one_image_is_enough_to_compare_on(folder, tmp_path, capsys):
+    export.main([str(folder), "--output_dir", str(tmp_path / "out"), "--format", "torch_export",
+                 "--dataset_name", "digits", "--num_images", "1"])  # fmt: skip
+    assert "on 1 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [None, 3], ids=["no head", "a head of another size"])
+def test_a_model_whose_head_was_never_trained_is_refused(model, folder, tmp_path, classes):
+    if classes is None:
+        LambdaViTModel(model.config, add_pooling_layer=False).save_pretrained(tmp_path / "headless")
+        ViTImageProcessor().save_pretrained(tmp_path / "headless")
+        source = tmp_path / "headless"
+    else:
+        model.config.num_labels = classes
+        model.config.save_pretrained(folder)
+        source = folder
+    with pytest.raises(ValueError, match=r"classifier\.bias.*Train it first"):
+        export.main([str(source), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+WITHOUT = """
+import sys
+
+for name in ("accelerate", "datasets", "evaluate", "jinja2", "matplotlib", "peft", "sklearn", "timm"):
+    sys.modules[name] = None  # as if it were not installed
+from lambda_vit_hf.cli.export import main
+
+main(sys.argv[1:])
+"""
+
+
+def test_without_a_dataset_the_extra_export_is_enough(folder, tmp_path):
+    command = [sys.executable, "-c", WITHOUT, str(folder), "--output_dir", str(tmp_path / "out"), "--int8"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "model.onnx").is_file()

@@ -1,0 +1,86 @@
+"""From a checkpoint at lambda = 0 to the finished model."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, finish_checkpoint
+from lambda_vit_hf.hub.push import check_folder
+from lambda_vit_hf.selection.select import AttentionSelection
+from tests.training.test_callback import make_trainer
+
+
+def train(model, folder, callbacks=(), **options):
+    settings = dict(save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6) | options
+    fold = settings.pop("fold", True)
+    removal = EntropyGuidedRemovalCallback(num_removed_layers=2, fold=fold)
+    trainer = make_trainer(model, folder, [*callbacks, removal], **settings)
+    trainer.processing_class = ViTImageProcessor(size={"height": 16, "width": 16})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_last_checkpoint_is_finished_to_what_training_left(model, tmp_path, fold, averaged):
+    trainer = train(model, tmp_path, [EmaCallback(0.9)] if averaged else [], fold=fold)
+    finished = finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
+    restored = AutoModelForImageClassification.from_pretrained(finished)
+    assert restored.config.removed_layers == model.config.removed_layers
+    assert restored.config.fold_removed == fold
+    expected = model.state_dict()
+    assert restored.state_dict().keys() == expected.keys()
+    assert [name for name, value in restored.state_dict().items() if not torch.equal(value, expected[name])] == []
+    assert AutoImageProcessor.from_pretrained(finished).size.height == 16
+    assert AttentionSelection.load(finished / "selection.json").layers == model.config.removed_layers
+    card = (finished / "README.md").read_text()
+    accuracy = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
+    assert f"| accuracy | {accuracy:.4f} |" in card
+    assert "12 of 12" in card and "Not finished" not in card
+    assert check_folder(finished)
+
+
+def test_a_checkpoint_at_lambda_0_says_how_to_finish_it(model, tmp_path):
+    train(model, tmp_path)
+    note = (tmp_path / "checkpoint-12" / "README.md").read_text()
+    assert "lambda-vit finish checkpoint-12" in note and f"{model.config.removed_layers}" in note
+    assert not (tmp_path / "checkpoint-6" / "README.md").exists()
+
+
+def test_a_checkpoint_that_is_half_way_is_refused(model, tmp_path):
+    train(model, tmp_path)
+    with pytest.raises(ValueError, match="not at lambda = 0"):
+        finish_checkpoint(tmp_path / "checkpoint-6", tmp_path / "finished")
+    assert not (tmp_path / "finished").exists()
+
+
+def test_what_is_no_checkpoint_of_a_removal_is_refused(model, tmp_path):
+    train(model, tmp_path)
+    checkpoint, output = tmp_path / "checkpoint-12", tmp_path / "finished"
+    with pytest.raises(FileExistsError, match="not empty"):
+        finish_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json"):
+        finish_checkpoint(tmp_path / "nowhere", output)
+    state = checkpoint / "trainer_state.json"
+    content = state.read_text()
+    state.write_text(content[:-20])
+    with pytest.raises(OSError, match="damaged"):
+        finish_checkpoint(checkpoint, output)
+    state.write_text(json.dumps({**json.loads(content), "stateful_callbacks": {}}))
+    with pytest.raises(ValueError, match="without EntropyGuidedRemovalCallback"):
+        finish_checkpoint(checkpoint, output)
+    state.write_text(content)
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(OSError, match="damaged"):
+        finish_checkpoint(checkpoint, output)
+    assert not output.exists()
+
+
+def test_a_checkpoint_that_lost_its_average_is_refused(model, tmp_path):
+    train(model, tmp_path, [EmaCallback(0.9)])
+    (tmp_path / "checkpoint-12" / "ema.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ema\.safetensors is missing"):
+        finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
