@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
-from .checks import check_options, count_layers, fit_to_model
+from .checks import count_layers, fit_to_model
 from .config import SelectionConfig
 from .entropy import SMALLEST_SIGMA
 from .processes import fail_together, gather, rank_and_num_processes
@@ -25,7 +25,7 @@ from .statistics import CalibrationPasses
 from .strategies import STRATEGIES
 
 
-__all__ = ["AttentionSelection", "SelectionStep", "check_options", "count_layers", "select_attention_layers"]
+__all__ = ["AttentionSelection", "SelectionStep", "select_attention_layers"]
 
 logger = logging.getLogger(__name__)
 
