@@ -25,7 +25,7 @@ TRAIN = [
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TEST = [*TRAIN, *EXPORT, "import-linter>=2.0", "mypy>=1.15", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6",
-        "ruff>=0.9", "scipy>=1.11", "tensorboard"]  # fmt: skip
+        "ruff>=0.9", "scipy>=1.11", "setuptools>=77", "tensorboard"]  # fmt: skip
 
 # Folders of a checkout that an installation has inside the package.
 INSIDE = {

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .images import add_dataset_options, dataset_options, dataset_place
 from .runner import Renamed, program_parser, run_program
 
 
@@ -84,15 +85,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_rounds", type=int, default=30)
     add("--max_seconds", type=float, default=200.0, help="no new round after it (but 3 in any case)")
     add("--no_memory", action="store_true", help="leave out peak memory")
-    add("--dataset_name", help="measure top-1 on this dataset's validation split too: Hub id, or `digits`")
-    add("--dataset_dir", help="the same from a folder")
-    add("--num_images", type=int, default=2000, help="of that split, evenly spaced")
+    add("--num_images", type=int, default=2000, help="to measure top-1 on, of the validation split, evenly spaced")
+    add_dataset_options(parser)
     if not argv:
         parser.error("give at least one option, such as --size base")
     if argv[0] in ("training", "input", "search"):
         parser.error(f"`{argv[0]}` is a program of a checkout now: python -m benchmarks.{argv[0]}_speed")
     arguments = parser.parse_args(argv[1:] if argv[0] == "inference" else argv)  # the first word of old commands
-    if (arguments.dataset_name or arguments.dataset_dir) and not arguments.model:
+    if dataset_place(arguments) is not None and not arguments.model:
         parser.error("accuracy needs trained weights: name a checkpoint with --model")
     return arguments
 
@@ -109,12 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.compile:
         names = [*names, *(f"{name}+compiled" for name in names if not _ENGINES & set(name.split("+")))]
     labelled = None
-    if arguments.dataset_name or arguments.dataset_dir:
+    if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import labelled_images
 
-        labelled = labelled_images(
-            arguments.model, arguments.dataset_name, arguments.dataset_dir, arguments.num_images
-        )
+        labelled = labelled_images(arguments.model, num_images=arguments.num_images, **dataset_options(arguments))
     setup = read_setup(arguments, merging_r=arguments.merging_r, merging_start=arguments.merging_start)
     result = measure_inference(names, setup, arguments.batch_sizes, arguments.max_rounds, arguments.max_seconds,
                                not arguments.no_memory, labelled)  # fmt: skip

@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .images import add_dataset_options, dataset_options, dataset_place
 from .runner import program_parser, run_program
 
 
@@ -22,12 +23,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = program_parser("evaluate", __doc__)
     add = parser.add_argument
     add("model", help="Hub id or folder of an image classifier")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset_name", help="Hub id, or `digits` (of scikit-learn)")
-    data.add_argument("--dataset_dir", help="folder with parquet files, IDX files, or one image folder per class")
-    add("--dataset_config", help="configuration of a Hub dataset")
-    add("--image_column", help="by default the only Image column")
-    add("--label_column", help="by default the only ClassLabel column")
     add("--split", default="validation", help="train or validation")
     add("--labels_by_index", action="store_true", help="trust the dataset's order of classes, whatever the names")
     add("--batch_size", type=int, default=64, help="per process")
@@ -35,7 +30,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--device", choices=["auto", "cpu"], default="auto", help="auto: a GPU where there is one")
     add("--output", type=Path, help="write the figures to this JSON file")
-    return parser.parse_args(argv)
+    add_dataset_options(parser)
+    arguments = parser.parse_args(argv)
+    if dataset_place(arguments) is None:
+        parser.error("name images: --dataset_dir, --dataset_name or --validation_dir")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,14 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     accelerator = Accelerator(cpu=arguments.device == "cpu")
     with accelerator.main_process_first():
-        dataset = load_split(
-            arguments.dataset_name,
-            arguments.dataset_dir,
-            arguments.split,
-            config_name=arguments.dataset_config,
-            image_column=arguments.image_column,
-            label_column=arguments.label_column,
-        )
+        dataset = load_split(split=arguments.split, **dataset_options(arguments))
     model = load_classifier(arguments.model, getattr(torch, arguments.dtype))
     classes = class_indices(dataset.features["label"].names, model.config.id2label, arguments.labels_by_index)
     images = read_images(dataset, AutoImageProcessor.from_pretrained(arguments.model))
@@ -74,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(arguments.model, figures))
     print(environment_line(environment))
     if arguments.output:
-        source = {"model": arguments.model, "dataset": arguments.dataset_name or arguments.dataset_dir}
+        source = {"model": arguments.model, "dataset": dataset_place(arguments)}
         values = {**source, "split": arguments.split, **figures, "environment": environment}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .images import add_dataset_options, dataset_options, dataset_place
 from .runner import program_parser, run_program
 
 
@@ -27,16 +28,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--int8", action="store_true", help="8-bit linear layers (onnx)")
     add("--token_merging_r", type=int, help="tokens merged per block that keeps attention")
     add("--token_merging_start", type=int, default=0, help="first of these blocks that merges")
-    add("--dataset_name", help="compare on images of this dataset: Hub id, or `digits`")
-    add("--dataset_dir", help="the same from a folder")
-    add("--num_images", type=int, default=256, help="compared, of the validation split, evenly spaced")
+    add("--num_images", type=int, default=256, help="to compare on, of the validation split, evenly spaced")
+    add_dataset_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.int8 and arguments.format != "onnx":
         parser.error("--int8 is for --format onnx")
     if arguments.num_images < 1:
         parser.error("--num_images must be at least 1")
-    if arguments.dataset_name and arguments.dataset_dir:
-        parser.error("give one of --dataset_name and --dataset_dir")
     return arguments
 
 
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import LambdaViTForImageClassification
+    from lambda_vit_hf import AutoLambdaModelForImageClassification
 
     from ..evaluation.classifier import load_classifier
     from ..export.onnx import export_program
@@ -53,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
         raise FileExistsError(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")
-    model = load_classifier(arguments.model, model_class=LambdaViTForImageClassification)
+    model = load_classifier(arguments.model, model_class=AutoLambdaModelForImageClassification)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
     model.prepare_for_inference()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     images = None
-    if arguments.dataset_name or arguments.dataset_dir:
+    if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import processed_images  # needs the extra `train`
 
-        images = processed_images(arguments.dataset_name, arguments.dataset_dir, processor, arguments.num_images)
+        images = processed_images(
+            image_processor=processor, num_images=arguments.num_images, **dataset_options(arguments)
+        )
     if arguments.format == "onnx":
         check = export_for_serving(model, processor, arguments.output_dir, images, int8=arguments.int8)
     else:

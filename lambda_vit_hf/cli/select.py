@@ -15,15 +15,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from .images import add_dataset_options, dataset_options, dataset_place, dataset_words
 from .runner import Renamed, program_parser, run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = program_parser("select", __doc__)
     parser.add_argument("model", help="Hub id or folder of any ViT checkpoint")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset_name", help="Hub id, or `digits`")
-    data.add_argument("--dataset_dir", help="folder with parquet files, or with one image folder per class")
     amount = parser.add_mutually_exclusive_group(required=True)
     add = amount.add_argument
     add("--num_removed_layers", "--num_layers", action=Renamed, type=int, help="how many attention layers to choose")
@@ -38,7 +36,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autocast", choices=["bfloat16", "float16"], help="to compute in; statistics stay in float64")
     add("--pairs", action="store_true", help="measure how each pair of layers acts together, too")
     add("--output_dir", type=Path, default=Path("outputs/selection"))
-    return parser.parse_args(argv)
+    add_dataset_options(parser)
+    arguments = parser.parse_args(argv)
+    if dataset_place(arguments) is None:
+        parser.error("name images: --dataset_dir, --dataset_name or --train_dir")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,31 +48,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
     from accelerate import PartialState
-    from torch.utils.data import Subset
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
+    from lambda_vit_hf import AutoLambdaModelForImageClassification, SelectionConfig, select_attention_layers
 
     from ..data.dataset import ProcessedImages
     from ..data.folders import load_image_dataset
-    from ..data.sampling import evenly_spaced
 
-    model = LambdaViTForImageClassification.from_pretrained(arguments.model)
+    options = ("strategy", "output", "mask", "compare", "calibration_size", "batch_size")
+    config = SelectionConfig(**{name: getattr(arguments, name) for name in options}, autocast_dtype=arguments.autocast)
+    model = AutoLambdaModelForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
-    images = load_image_dataset(arguments.dataset_name, arguments.dataset_dir)["train"]
-    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
+    images = load_image_dataset(**dataset_options(arguments))["train"]
     selection = select_attention_layers(
         model,
-        Subset(images, evenly_spaced(len(images), arguments.calibration_size)),
-        num_layers=arguments.num_removed_layers,
-        ratio=arguments.removal_ratio,
-        strategy=arguments.strategy,
-        output=arguments.output,
-        mask=arguments.mask,
-        compare=arguments.compare,
-        batch_size=arguments.batch_size,
-        autocast_dtype=getattr(torch, arguments.autocast) if arguments.autocast else None,
+        ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model)),
+        arguments.num_removed_layers,
+        arguments.removal_ratio,
+        selection=config,
         pairs=arguments.pairs,
     )
     if state.is_main_process:
@@ -81,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def next_command(arguments: argparse.Namespace, layers: list[int]) -> str:
     """The command that removes these layers from this model, with training on the same images."""
-    source = "dataset_name" if arguments.dataset_name else "dataset_dir"
-    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model]
-    words += [f"--{source}", getattr(arguments, source), "--removed_layers", *map(str, layers)]
-    return shlex.join(words)
+    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model, *dataset_words(arguments)]
+    return shlex.join([*words, "--removed_layers", *map(str, layers)])
 
 
 def report(selection, output_dir: Path) -> None:

@@ -15,9 +15,9 @@ import pyarrow.parquet
 import torch
 
 from .idx_files import load_idx
-from .labels import compare_classes, find_columns, names_of_classes, with_class_labels
+from .labels import compare_classes, find_columns, names_of_classes, some, with_class_labels
 from .layout import SplitFiles, exact_split, read_layout
-from .shards import as_stream, note_sizes, sizes_of_stream, stream_from_hub
+from .shards import as_stream, note_sizes, sizes_of_stream, whole
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def load_image_dataset(
     else:
         files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
         loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
-    origin = {split: files[split].path if split in files else split for split in loaded}
+    origin = {split: files[split].origin if split in files else split for split in loaded}
     if "validation" in loaded:
         loaded.pop("test", None)
     elif "test" in loaded:
@@ -117,14 +117,14 @@ def load_image_dataset(
     found = next(iter(classes.values()))
     names = list(class_names or found)
     if len(names) != len(found) or len(set(names)) != len(names):
-        raise ValueError(f"`class_names` must be {len(found)} different names, for {found}; got {names}.")
+        raise ValueError(f"`class_names` must be {len(found)} different names, for {some(found)}; got {names}.")
     loaded = {split: with_class_labels(part, "label", found, names) for split, part in loaded.items()}
     if "validation" not in loaded:
         loaded = _with_validation(loaded, seed)
         origin["validation"] = "a random fifth of train, as there is no validation split"
-    has_folders = all(part.kind == "class folders" for part in files.values()) and files
-    labels = "the class folders" if has_folders else f"the column {columns[1]!r}"
-    _say(loaded, origin, names, f"{labels} ({', '.join(found[:5])}, ...)" if class_names else labels, ignored)
+    is_by_folder = files and all(part.kind == "class folders" for part in files.values())
+    labels = "the class folders" if is_by_folder else f"the column {columns[1]!r}"
+    _say(loaded, origin, names, f"{labels} ({some(found)})" if class_names else labels, ignored)
     if streaming and "train" in loaded and not _is_stream(loaded["train"]):
         loaded["train"] = as_stream(loaded["train"])
     return loaded
@@ -191,23 +191,43 @@ def _compare_with_files(loaded: datasets.Dataset, part: SplitFiles) -> None:
         "names images twice": {path for path, count in described.items() if count > 1},
     }.items():
         if paths:
-            raise ValueError(f"{part.files[0]} {problem}: {len(paths)}, such as {min(paths)}.")
+            raise ValueError(f"{part.files[0]} {problem}: {some(sorted(paths))}.")
 
 
 def _load_from_hub(name: str, config_name: str | None, streaming: bool) -> tuple[dict, list[str]]:
-    loaded = stream_from_hub(name, config_name) if streaming else datasets.load_dataset(name, config_name)
-    known: dict[str, datasets.Dataset] = {}
-    for key in sorted(loaded, key=lambda key: key != exact_split(key)):
+    builder = datasets.load_dataset_builder(name, config_name)
+    _check_split_folders(name, builder.config.data_files or {})
+    loaded = builder.as_streaming_dataset() if streaming else datasets.load_dataset(name, config_name)
+    keys: dict[str, str] = {}
+    for key in sorted(map(str, loaded), key=lambda key: key != exact_split(key)):
         if exact_split(key):
-            known.setdefault(exact_split(key), loaded[key])
-    kept = {id(part) for part in known.values()}
-    return known, [f"the split {key}" for key, part in loaded.items() if id(part) not in kept]
+            keys.setdefault(exact_split(key), key)
+    known = {split: loaded[key] for split, key in keys.items()}
+    if streaming and (held_out := next((split for split in ("validation", "test") if split in known), None)):
+        # The builder's folder names the dataset, its configuration and its revision.
+        known = {split: part for split, part in known.items() if split in ("train", held_out)}
+        known[held_out] = whole(known[held_out], f"{builder.cache_dir} {keys[held_out]}")
+    return known, [f"split {key}" for key in map(str, loaded) if key not in keys.values()]
+
+
+def _check_split_folders(name: str, data_files: Mapping[str, Sequence[str]]) -> None:
+    # `datasets` knows split names in lower case only: of Training and Testing it makes one split.
+    for split, files in data_files.items():
+        for file in files:
+            folders = str(file).split("@")[-1].split("/")[1:-1]
+            meant = next((exact_split(folder) for folder in folders if exact_split(folder)), None)
+            if meant and meant != exact_split(str(split)):
+                raise ValueError(
+                    f"{name} has {file} in its split {split}, though its folder says {meant}. Download the dataset and"
+                    " pass its folder as `dataset_dir`."
+                )
 
 
 def _two_columns(part, image_column: str, label_column: str):
-    if isinstance(part, datasets.IterableDataset):
-        # First of all: `datasets` would decode every image of a stream to rename its column.
-        part = part.cast_column(image_column, datasets.Image(decode=False))
+    # A stream stays undecoded: `datasets` would decode every image to rename a column.
+    wanted = datasets.Image(decode=not _is_stream(part))
+    if part.features[image_column] != wanted:
+        part = part.cast_column(image_column, wanted)
     part = part.select_columns([image_column, label_column])
     new_names = {image_column: "image", label_column: "label"}
     new_names = {old: new for old, new in new_names.items() if old != new}
@@ -221,8 +241,8 @@ def _with_validation(loaded: Mapping, seed: int) -> dict:
     names, counts = train.features["label"].names, Counter(train["label"])
     if lonely := [names[label] for label, count in sorted(counts.items()) if count < 2]:
         raise ValueError(
-            f"Classes with one image: {lonely}. A fifth of each class is held out for validation, which takes two at"
-            " least: add images, remove the class, or pass a validation split."
+            f"Classes with one image: {some(lonely)}. A fifth of each class is held out for validation, which takes"
+            " two at least: add images, remove the class, or pass a validation split."
         )
     size = max(math.ceil(0.2 * len(train)), len(counts))
     parts = train.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
@@ -234,14 +254,7 @@ def _say(loaded: Mapping, origin: Mapping, names: list[str], labels: str, ignore
         return
     for split, part in loaded.items():
         size = sizes_of_stream(part)[0] if _is_stream(part) else len(part)
-        logger.info(
-            "%s: %s images (%s)", split, "an unknown number of" if size is None else f"{size:,}", origin[split]
-        )
-    logger.info("%d classes, in this order: %s; labels from %s", len(names), _some(names, 10), labels)
+        logger.info("%s: %s images (%s)", split, f"{size:,}" if size else "an unknown number of", origin[split])
+    logger.info("%d classes, in this order: %s; labels from %s", len(names), some(names, 10), labels)
     if ignored:
-        logger.info("Ignored: %s", _some(ignored, 5))
-
-
-def _some(names: Sequence[str], limit: int) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+        logger.info("Ignored: %s", some(ignored))

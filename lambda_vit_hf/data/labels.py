@@ -112,14 +112,24 @@ def compare_classes(found: Mapping[str, Sequence[str]]) -> None:
     """
     (first, names), *others = found.items()
     if len(names) < 2:
-        raise ValueError(f"At least two classes are needed, found {list(names)} in {first}.")
+        raise ValueError(f"At least two classes are needed, found {some(names)} in {first}.")
     for split, other in others:
         extra = {first: set(names) - set(other), split: set(other) - set(names)}
-        only = [f"only {one} has {sorted(classes, key=natural_key)}" for one, classes in extra.items() if classes]
+        only = [
+            f"only {one} has {some(sorted(classes, key=natural_key))}" for one, classes in extra.items() if classes
+        ]
         if only:
             raise ValueError(
                 f"The classes of the splits differ: {' and '.join(only)}. Both need the same; a class without images"
                 " in validation may be an empty folder there."
             )
         if list(other) != list(names):
-            raise ValueError(f"The classes of the splits differ in their order: {first} {names}, {split} {other}.")
+            raise ValueError(
+                f"The classes of the splits differ in their order: {first} {some(names)}, {split} {some(other)}."
+            )
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first of many names, for people."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -45,6 +45,11 @@ class SplitFiles:
     classes: list[str] | None = None
     images: list[str] | None = None
 
+    @property
+    def origin(self) -> str:
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return self.path if self.kind == "class folders" else f"{self.files[0]}{more}"
+
 
 def natural_key(name: str) -> tuple[list, str]:
     """Sorts 10 after 9, as timm sorts classes."""

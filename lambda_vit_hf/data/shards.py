@@ -5,8 +5,6 @@ import hashlib
 import datasets
 import numpy as np
 
-from .labels import find_columns
-
 
 def as_stream(dataset: datasets.Dataset, num_shards: int | None = None, seed: int = 0) -> datasets.IterableDataset:
     """
@@ -45,20 +43,15 @@ def sizes_of_stream(stream: datasets.IterableDataset) -> tuple[int | None, list[
     return split.num_examples, sizes if fits else None
 
 
-def stream_from_hub(name: str, config_name: str | None) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    """Splits of a dataset on the Hub: `train` as a stream; `validation`, else `test`, whole, kept in the cache."""
-    builder = datasets.load_dataset_builder(name, config_name)
-    loaded = {str(split): stream for split, stream in builder.as_streaming_dataset().items()}
-    for split in ("validation", "test"):
-        if split in loaded:
-            # The builder's folder names the dataset, its configuration and its revision.
-            fingerprint = hashlib.sha256(f"{builder.cache_dir} {split}".encode()).hexdigest()[:16]
-            stream = loaded[split].cast_column(find_columns(loaded[split])[0], datasets.Image(decode=False))
-            loaded[split] = datasets.Dataset.from_generator(
-                _rows, features=loaded[split].features, gen_kwargs={"stream": stream}, fingerprint=fingerprint
-            )
-            break
-    return {split: part for split, part in loaded.items() if split == "train" or isinstance(part, datasets.Dataset)}
+def whole(stream: datasets.IterableDataset, source: str) -> datasets.Dataset:
+    """A stream as a dataset on the disk, images as they are stored; kept in the cache of `datasets` under `source`."""
+    for column, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    fingerprint = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return datasets.Dataset.from_generator(
+        _rows, features=stream.features, gen_kwargs={"stream": stream}, fingerprint=fingerprint
+    )
 
 
 def _rows(stream: datasets.IterableDataset):

@@ -34,9 +34,10 @@ def _encoder_macs(config, tokens: int) -> int:
     merged = config.token_merging_schedule() if isinstance(config, LambdaViTConfig) else [0] * len(kept)
     for has_attention, r in zip(getattr(config, "attention_flags", kept), merged, strict=True):
         macs += has_attention * (4 * tokens * hidden**2 + 2 * tokens**2 * hidden)
+        r = min(r, most_mergeable(tokens))
         if r:
             macs += ((tokens + 1) // 2) * (tokens // 2) * (hidden // config.num_attention_heads)
-            tokens -= min(r, most_mergeable(tokens))
+            tokens -= r
         macs += 2 * tokens * hidden * config.intermediate_size
     return macs
 

@@ -47,32 +47,38 @@ def read_images(dataset: datasets.Dataset, image_processor) -> ProcessedImages:
 
 
 def processed_images(
-    name: str | None, directory: str | None, image_processor, num_images: int, split: str = "validation"
+    name: str | None = None,
+    directory: str | None = None,
+    image_processor=None,
+    num_images: int = 256,
+    split: str = "validation",
+    **columns,
 ) -> torch.Tensor:
-    """Some images of a split, evenly spaced, as one tensor `(images, channels, height, width)`."""
-    return torch.stack(
-        [item["pixel_values"] for item in _some_items(name, directory, image_processor, num_images, split)]
-    )
+    """
+    Some images of a split, evenly spaced, as one tensor `(images, channels, height, width)`; for `columns` see
+    [`load_split`].
+    """
+    dataset = load_split(name, directory, split, **columns)
+    return torch.stack([item["pixel_values"] for item in _some_items(dataset, image_processor, num_images)])
 
 
 def labelled_images(
-    model: str, name: str | None, directory: str | None, num_images: int
+    model: str, name: str | None = None, directory: str | None = None, num_images: int = 256, **columns
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Some images of a validation split, evenly spaced, as `model`'s image processor makes them, and their labels in the
-    order of its classes. Unreadable ones are left out.
+    order of its classes. Unreadable ones are left out. For `columns` see [`load_split`].
     """
-    processor = AutoImageProcessor.from_pretrained(model)
-    names = load_split(name, directory).features["label"].names
-    classes = class_indices(names, AutoConfig.from_pretrained(model).id2label)
-    items = _some_items(name, directory, processor, num_images, "validation")
+    dataset = load_split(name, directory, **columns)
+    classes = class_indices(dataset.features["label"].names, AutoConfig.from_pretrained(model).id2label)
+    items = _some_items(dataset, AutoImageProcessor.from_pretrained(model), num_images)
     items = [item for item in items if item["labels"] != LEFT_OUT]
     labels = torch.tensor([classes[item["labels"]] for item in items])
     return torch.stack([item["pixel_values"] for item in items]), labels
 
 
-def _some_items(name, directory, image_processor, num_images: int, split: str) -> list[dict]:
-    images = read_images(load_split(name, directory, split), image_processor)
+def _some_items(dataset: datasets.Dataset, image_processor, num_images: int) -> list[dict]:
+    images = read_images(dataset, image_processor)
     return [images[index] for index in evenly_spaced(len(images), num_images)]
 
 

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure  # not pyplot, whose backend and open figures are the user's
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..selection.select import AttentionSelection
@@ -23,7 +20,8 @@ def plot_layer_entropies(selection: AttentionSelection, path: str | Path) -> Non
     Two panels by depth: entropy of attention and MLP outputs (nats) with the chosen layers marked, and the transfer
     entropy (nats) at which each chosen layer was picked. PNG.
     """
-    figure, (entropies, picks) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    entropies, picks = figure.subplots(1, 2, width_ratios=(3, 2))
     layers = range(len(selection.mlp_entropy))
     for layer in selection.layers:
         entropies.axvspan(layer - 0.4, layer + 0.4, color=REMOVED, alpha=0.15, lw=0,
@@ -42,7 +40,6 @@ def plot_layer_entropies(selection: AttentionSelection, path: str | Path) -> Non
     picks.set(xlabel="layer added to the removed set", ylabel="transfer entropy of the set (nats)",
               title=f"Search path ({selection.strategy})")  # fmt: skip
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_search(selection: AttentionSelection, path: str | Path) -> None:
@@ -57,11 +54,12 @@ def plot_search(selection: AttentionSelection, path: str | Path) -> None:
         raise ValueError(f"{selection.strategy!r} chooses without a search: there are no steps to draw.")
     layers = sorted({layer for step in selection.steps for layer in step.transfer_entropy})
     values = [[step.transfer_entropy.get(layer, np.nan) for layer in layers] for step in selection.steps]
-    figure, axes = plt.subplots(figsize=(3 + 0.6 * len(layers), 1.8 + 0.5 * len(values)), layout="constrained")
+    figure = Figure(figsize=(3 + 0.6 * len(layers), 1.8 + 0.5 * len(values)), layout="constrained")
+    axes = figure.subplots()
     _heat_map(figure, axes, values, "transfer entropy (nats)")
     for row, step in enumerate(selection.steps):
         column = layers.index(step.picked)
-        axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=2.5, ec="black", zorder=3))
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=2.5, ec="black", zorder=3))
     stable = ["" if step.stability is None else f" ({step.stability:.0%})" for step in selection.steps]
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(values)), [f"{row}: +{step.picked}{stable[row - 1]}"
@@ -69,7 +67,6 @@ def plot_search(selection: AttentionSelection, path: str | Path) -> None:
     axes.set(xlabel="candidate layer (0 = nearest to the image)", ylabel="step: pick (share of resamples)",
              title=f"Search path ({selection.strategy}): {selection.output}, {selection.mask} mask")  # fmt: skip
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_pairs(selection: AttentionSelection, path: str | Path) -> None:
@@ -83,7 +80,8 @@ def plot_pairs(selection: AttentionSelection, path: str | Path) -> None:
     if not selection.pair_transfer_entropy:
         raise ValueError("The pairs were not measured: pass `pairs=True` to `select_attention_layers`.")
     size = 2.2 + 0.42 * len(selection.pair_transfer_entropy)
-    figure, panels = plt.subplots(1, 2, figsize=(2 * size + 1, size), layout="constrained")
+    figure = Figure(figsize=(2 * size + 1, size), layout="constrained")
+    panels = figure.subplots(1, 2)
     contents = (
         (selection.pair_transfer_entropy, "TE(i, j); diagonal: TE(i)"),
         (selection.interactions, "interaction: TE(i, j) - TE(i) - TE(j)"),
@@ -95,7 +93,6 @@ def plot_pairs(selection: AttentionSelection, path: str | Path) -> None:
         axes.set_xticks(range(len(matrix)))
         axes.set_yticks(range(len(matrix)))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _heat_map(figure, axes, values: list[list[float]], label: str) -> None:
@@ -128,7 +125,8 @@ def plot_training(log_history: list[dict], path: str | Path, base_accuracy: floa
     """
     lambdas = sorted({entry["step"]: entry["lambda"] for entry in log_history if "lambda" in entry}.items())
     accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in log_history if "eval_accuracy" in e]
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
     if lambdas:
         left.plot(*zip(*lambdas, strict=True), color=REMOVED, label="lambda")
     left.set(xlabel="optimizer step", ylabel="lambda (1: attention, 0: identity)", ylim=(-0.03, 1.05))
@@ -142,4 +140,3 @@ def plot_training(log_history: list[dict], path: str | Path, base_accuracy: floa
     left.legend(handles=handles, loc="lower center")
     left.set_title("Attention fades out; accuracy follows")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

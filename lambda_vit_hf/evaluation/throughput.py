@@ -49,7 +49,8 @@ def interleave(
         rounds (`int`): timed rounds; in each, every run has one turn.
         warm_up (`int`, *optional*, defaults to 3): rounds before, not timed.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): waited for before and after each turn.
-        max_seconds (`float`, *optional*): no further round starts after this time, but
+        max_seconds (`float`, *optional*):
+            No further round starts after this time, and warming up takes half of it, but
         min_rounds (`int`, *optional*, defaults to 3): timed rounds are run in any case.
         after_round (`Callable`, *optional*): called after each round, outside all times; to show progress.
 
@@ -59,15 +60,19 @@ def interleave(
     device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
+    done = 0
     for round_index in range(rounds + warm_up):
-        if round_index >= warm_up + min_rounds and time.perf_counter() - begin > max_seconds:
+        elapsed = time.perf_counter() - begin
+        if done == rounds or (done >= min_rounds and elapsed > max_seconds):
             break
+        is_timed = round_index >= warm_up or elapsed > max_seconds / 2
+        done += is_timed
         for name, run in runs.items():
             _synchronize(device)
             start = time.perf_counter()
             run()
             _synchronize(device)
-            if round_index >= warm_up:
+            if is_timed:
                 seconds[name].append(time.perf_counter() - start)
         if after_round is not None:
             after_round()
@@ -92,7 +97,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 @torch.inference_mode()
-def images_per_second(models: dict[str, torch.nn.Module], pixel_values: torch.Tensor, rounds: int = 15) -> dict:
+def images_per_second(
+    models: dict[str, torch.nn.Module], pixel_values: torch.Tensor, rounds: int = 15, max_seconds: float = 60.0
+) -> dict:
     """
     Throughput of several models, interleaved (see [`interleave`]).
 
@@ -100,6 +107,8 @@ def images_per_second(models: dict[str, torch.nn.Module], pixel_values: torch.Te
         models (`dict[str, torch.nn.Module]`): by name, all on the device of `pixel_values`.
         pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): the batch each round runs on.
         rounds (`int`, *optional*, defaults to 15): timed rounds, after 3 to warm up.
+        max_seconds (`float`, *optional*, defaults to 60):
+            No further round starts after this time; large models on a CPU are then timed once, after one to warm up.
 
     Returns:
         `dict[str, float]`: median images/s by name.
@@ -108,14 +117,16 @@ def images_per_second(models: dict[str, torch.nn.Module], pixel_values: torch.Te
     for model in models.values():
         model.eval()
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
-    seconds = interleave(runs, rounds, device=pixel_values.device)
-    for name, model in models.items():
-        model.train(was_training[name])
+    try:
+        seconds = interleave(runs, rounds, device=pixel_values.device, max_seconds=max_seconds, min_rounds=1)
+    finally:
+        for name, model in models.items():
+            model.train(was_training[name])
     return {name: len(pixel_values) / statistics.median(times) for name, times in seconds.items()}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; `None` becomes an empty cell."""
+    """A Markdown table; `None` becomes an empty cell, and names with `|` or line breaks stay in theirs."""
     lines = [
         [_cell(name) for name in header],
         ["---"] * len(header),
@@ -125,7 +136,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else str(value).replace("|", r"\|").replace("\n", " ")
+    return "" if value is None else " ".join(str(value).splitlines()).replace("|", r"\|")
 
 
 def environment_line(environment: Mapping[str, object]) -> str:

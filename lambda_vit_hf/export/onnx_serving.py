@@ -2,12 +2,11 @@
 
     python serve.py picture.jpg another.png
 
-Beside this file: `model.onnx`, and `preprocessing.json`, which says what happens to a picture first and what the
-classes are called.
+Beside this file: `model.onnx`; `preprocessing.json`, which says what happens to a picture first and what the classes
+are called; `decoding.py`, which reads pictures as they were read in training.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,26 +15,7 @@ import numpy as np
 import onnxruntime
 import PIL.Image
 
-
-logger = logging.getLogger(__name__)
-
-# 178.9 million pixels, half a gigabyte as RGB: twice what Pillow warns of, where Pillow itself refuses too.
-MAX_PIXELS = 2 * 89_478_485
-# Of Pillow's other formats some have no signature and fit any file, and EPS starts Ghostscript.
-PIL.Image.init()
-FORMATS = [
-    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in PIL.Image.OPEN
-]
-ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
+from ..data.decoding import decode_image
 
 
 class OnnxImageClassifier:
@@ -66,10 +46,9 @@ class OnnxImageClassifier:
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
-        """Pixel values `(3, height, width)`, float32, of one picture of any mode and size."""
+        """Pixel values `(3, height, width)`, float32, of one picture of any mode and size, turned upright."""
         wanted = self.preprocessing
-        check_size(image)
-        image = upright_rgb(image)
+        image = decode_image(image)
         if wanted["resize"]:
             size = _resized(image, wanted["resize"])
             image = image.resize(size, PIL.Image.Resampling[wanted["resample"].upper()])
@@ -97,70 +76,6 @@ class OnnxImageClassifier:
         ]
 
 
-# From here to `_eight_bits`, a copy of data/decoding.py: this file is used without that package.
-
-
-def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:
-    """
-    Raises:
-        PIL.Image.DecompressionBombError: if the image has more pixels.
-    """
-    if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height}"
-        raise PIL.Image.DecompressionBombError(f"{size} pixels are more than the limit of {max_pixels:,}")
-
-
-def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The 8-bit RGB image of one of any mode, rotated as its EXIF data say, without them. See [`to_rgb`]."""
-    image.load()
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # broken EXIF data are common, and say nothing about the pixels: the image stays as it is stored
-        logger.debug("EXIF data cannot be read.", exc_info=True)
-        orientation = None
-    # Not ImageOps.exif_transpose: it writes the EXIF data anew, which fails where they are slightly out of order.
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    image = to_rgb(image)
-    image.info = {}  # with the EXIF data in it a later exif_transpose would rotate once more
-    return image
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """
-    An 8-bit RGB image from one of any mode.
-
-    Pillow alone would clip more than 8 bits to white. Here 16 bits are divided by 256; 32-bit integers too, unless
-    they all fit in 8 bits; floats in [0, 1] are multiplied by 255, in [0, 255] kept; integers and floats beyond that
-    are stretched so that the smallest value is black and the largest white. CMYK is converted without a colour
-    profile, JPEGs of Adobe (which store the inverse) included.
-
-    Raises:
-        ValueError: for NaN or infinity, and for a mode that Pillow cannot convert.
-    """
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = PIL.Image.fromarray(_eight_bits(np.asarray(image), image.mode == "F"))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, without Pillow's warning
-    return image.convert("RGB")
-
-
-def _eight_bits(values: np.ndarray, is_float: bool) -> np.ndarray:
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("a floating point image with NaN or infinity")
-    low, high = values.min(), values.max()
-    if low < 0 or high > (255 if is_float else 2**16 - 1):
-        values = (values - low) / max(high - low, 1e-300) * 255
-    elif is_float and high <= 1:
-        values = values * 255
-    elif high > 255:
-        values = np.floor(values / 256)
-    return values.round().astype(np.uint8)
-
-
 def _resized(image: PIL.Image.Image, size: dict) -> tuple[int, int]:
     """Width and height after resizing: as given, or with the shorter side as given."""
     if "shortest_edge" not in size:
@@ -181,8 +96,7 @@ def main(files: Sequence[str]) -> None:
         raise SystemExit(__doc__)
     classifier = OnnxImageClassifier(Path(__file__).parent)
     for file in files:
-        with PIL.Image.open(file, formats=FORMATS) as image:
-            (best,) = classifier.classify([image], top_k=3)
+        (best,) = classifier.classify([decode_image(file)], top_k=3)
         print(f"{file}: {', '.join('{label} ({score:.3f})'.format(**one) for one in best)}")
 
 

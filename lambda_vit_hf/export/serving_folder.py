@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..data import decoding
 from .onnx import ExportCheck, compare_onnx, export_onnx, images_for, quantize_onnx
 
 
@@ -60,8 +61,8 @@ def export_for_serving(
     int8: bool = False,
 ) -> ExportCheck:
     """
-    Write a folder that onnxruntime, numpy and Pillow can serve: `model.onnx`, `preprocessing.json`, `serve.py` and a
-    README.
+    Write a folder that onnxruntime, numpy and Pillow can serve: `model.onnx`, `preprocessing.json`, `serve.py`,
+    `decoding.py` and a README.
 
     Args:
         model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode, float32.
@@ -99,10 +100,18 @@ def export_for_serving(
             exact = quantized
         shutil.copyfile(exact, folder / "model.onnx")
     check.file = "model.onnx"
-    shutil.copyfile(Path(__file__).with_name("onnx_serving.py"), folder / "serve.py")
+    _copy_code(folder)
     _write_json(folder / "preprocessing.json", preprocessing)
     (folder / "README.md").write_text(_readme(check, int8), encoding="utf-8")
     return check
+
+
+def _copy_code(folder: Path) -> None:
+    """The code that serves, and this package's own decoding of pictures beside it."""
+    serving = Path(__file__).with_name("onnx_serving.py").read_text(encoding="utf-8")
+    serving = serving.replace("from ..data.decoding import", "from decoding import")
+    (folder / "serve.py").write_text(serving, encoding="utf-8")
+    shutil.copyfile(decoding.__file__, folder / "decoding.py")
 
 
 def _readme(check: ExportCheck, int8: bool) -> str:

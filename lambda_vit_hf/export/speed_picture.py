@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 
 COLORS = {"fp32": "#3366aa", "bf16": "#dd8833", "fp16": "#888833", "int8": "#cc3344"}
@@ -24,7 +20,8 @@ def plot_inference(result: dict, path: str | Path) -> None:
     batch_size = max(row["batch_size"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["batch_size"] == batch_size]
     known = [row for row in rows if row["accuracy"] is not None]
-    figure, axis = plt.subplots(figsize=(9.5, 4.5 if known else 1.2 + 0.38 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.5 if known else 1.2 + 0.38 * len(rows)), layout="constrained")
+    axis = figure.subplots()
     if known:
         _scatter(axis, known)
     else:
@@ -32,7 +29,6 @@ def plot_inference(result: dict, path: str | Path) -> None:
     environment = result["environment"]
     axis.set_title(f"Batch {batch_size}; {environment['hardware']}; {environment['date']}", fontsize=9)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _scatter(axis, rows: list[dict]) -> None:
@@ -60,5 +56,5 @@ def _bars(axis, rows: list[dict]) -> None:
     axis.margins(x=0.2)
     axis.set_xlabel("images/s (and against the first)")
     precisions = [name for name in COLORS if any(row["precision"] == name for row in rows)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in precisions]
+    handles = [Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in precisions]
     axis.legend(handles, precisions, fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0))

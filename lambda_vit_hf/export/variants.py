@@ -21,6 +21,7 @@ from torch import nn
 from ..evaluation.accounting import count_macs, count_parameters
 from ..evaluation.classifier import load_classifier
 from ..models.configuration_lambda_vit import LambdaViTConfig
+from ..models.families import AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .onnx import LogitsOnly, export_onnx, exported_program, quantize_onnx
 from .reference_models import as_timm_vit, as_transformers_vit
@@ -73,7 +74,7 @@ class BenchmarkSetup:
     def base_model(self) -> LambdaViTForImageClassification:
         """The model that `transformers`, `timm` and `lambda` start from; in eval mode, float32, on the CPU."""
         if self.model:
-            return load_classifier(self.model, model_class=LambdaViTForImageClassification)
+            return load_classifier(self.model, model_class=AutoLambdaModelForImageClassification)
         shape = dict(image_size=self.image_size, num_hidden_layers=self.num_hidden_layers, **SIZES[self.size])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -204,7 +205,7 @@ def _build_model(
         if source == "timm":
             return as_timm_vit(model), model.config, function
     else:
-        model, function = load_classifier(source, model_class=LambdaViTForImageClassification), source
+        model, function = load_classifier(source, model_class=AutoLambdaModelForImageClassification), source
         if "removed" in steps:
             model.remove_attention(list(setup.removed_layers))
             function = f"{source} removed"

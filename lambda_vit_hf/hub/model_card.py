@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from ..evaluation.throughput import markdown_table
 from .card_sections import update_card
 from .facts import ModelCardFacts
 
@@ -14,15 +15,6 @@ from .facts import ModelCardFacts
 def _one_line(text: str) -> str:
     """Names come from users: a line break in one must not start a heading or a metadata block."""
     return " ".join(text.splitlines())
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; cells are escaped so that names with `|` or line breaks stay in their cell."""
-
-    def line(cells):
-        return "| " + " | ".join(_one_line(str(cell)).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
 def _selection_text(facts: ModelCardFacts) -> str:

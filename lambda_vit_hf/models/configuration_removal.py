@@ -176,7 +176,10 @@ class RemovalConfigMixin:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type in cls.source_model_types:
-            config_dict = {**config_dict, "model_type": cls.model_type}
+            # Of a model of images and texts: its vision tower, and the classes of a head that was trained on it.
+            tower = config_dict.get(cls.base_config_key or "", config_dict)
+            labels = {name: config_dict[name] for name in ("id2label", "label2id") if name in config_dict}
+            config_dict = {**tower, **labels, "model_type": cls.model_type}
         elif model_type != cls.model_type:
             readable = ", ".join(f"`{one}`" for one in (*cls.source_model_types, cls.model_type))
             raise ValueError(

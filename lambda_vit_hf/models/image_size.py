@@ -126,3 +126,26 @@ def use_interpolated_positions(embeddings: nn.Module, config, image_size: int) -
     embeddings.patch_embeddings.num_patches = height * width
     embeddings.patch_embeddings.image_size = sides
     config.image_size = sides[0]
+
+
+@torch.no_grad()
+def use_interpolated_position_table(embeddings: nn.Module, config, image_size: int) -> None:
+    """As [`use_interpolated_positions`], for towers that keep their positions in an `nn.Embedding`."""
+    height, width = patch_grid(image_size, config.patch_size)
+    sides, table = as_pair(image_size), embeddings.position_embedding
+    if sides[0] != sides[1] or height != width:
+        raise ValueError(f"{type(embeddings).__name__} stores positions of square images, got {image_size!r}.")
+    num_special = table.num_embeddings - math.prod(stored_grid(config.image_size, config.patch_size))
+    tokens = table.weight.new_zeros(1, num_special + height * width, table.embedding_dim)
+    resized = embeddings.interpolate_pos_encoding(tokens, *sides)[0]
+    table.weight = nn.Parameter(resized.clone(), requires_grad=table.weight.requires_grad)
+    table.num_embeddings = embeddings.num_positions = len(resized)
+    embeddings.num_patches, embeddings.image_size = height * width, sides[0]
+    embeddings.position_ids = torch.arange(len(resized), device=resized.device).expand(1, -1)
+    config.image_size = sides[0]
+
+
+def note_image_size(embeddings: nn.Module, config, image_size: int | tuple[int, int]) -> None:
+    """For families whose positions are computed for each image: only the configuration is told, checked as always."""
+    patch_grid(image_size, config.patch_size)
+    config.image_size = image_size if isinstance(image_size, int) else list(image_size)

@@ -88,8 +88,6 @@ class InferenceMixin:
 
     is_prepared_for_inference = False
     class_token_only = False
-    # Whether the classifier reads nothing but the class token.
-    _head_reads_class_token_only = False
 
     def prepare_for_inference(self, class_token_only: bool = True) -> "InferenceMixin":
         """
@@ -137,7 +135,7 @@ class InferenceMixin:
         for layer in self.encoder_layers:
             for name in layer.block.drops:
                 setattr(layer, name, None)
-        self.base_model.class_token_only = class_token_only and self._head_reads_class_token_only
+        self.base_model.class_token_only = class_token_only and self.reads_class_token_only("class_head")
         self.is_prepared_for_inference = self.base_model.is_prepared_for_inference = True
         return self
 

@@ -59,18 +59,9 @@ class LambdaDinov2PreTrainedModel(LambdaPreTrainedModel, Dinov2PreTrainedModel):
         "AutoModel": "LambdaDinov2Model",
         "AutoModelForImageClassification": "LambdaDinov2ForImageClassification",
     }
-    _can_merge_tokens = False
-
-    def set_image_size(self, image_size: int) -> None:
-        """
-        Store position embeddings for square images of this many pixels a side: those that DINOv2 would otherwise
-        interpolate at every call. Outputs for such images stay the same, to the bit.
-
-        Raises:
-            ValueError: if the size is no multiple of the patch size, or no square.
-        """
-        self._check_not_prepared()
-        use_interpolated_positions(self.base_model.embeddings, self.config, image_size)
+    _can_merge_tokens = False  # the classifier's mean counts every patch once
+    _head_reads = "class_token_and_patch_mean"
+    _fit_image_size = staticmethod(use_interpolated_positions)
 
 
 class LambdaDinov2Encoder(LambdaDinov2PreTrainedModel, Dinov2Encoder):
@@ -98,8 +89,7 @@ class LambdaDinov2Model(LambdaDinov2PreTrainedModel, Dinov2Model):
         self.embeddings = Dinov2Embeddings(config)
         self.encoder = LambdaDinov2Encoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self._set_epsilons()
-        self._check_merging_is_possible()
+        self._follow_config()
         self.post_init()
 
 
@@ -124,8 +114,7 @@ class LambdaDinov2Backbone(LambdaDinov2PreTrainedModel, Dinov2Backbone):
     def __init__(self, config: LambdaDinov2Config):
         Dinov2Backbone.__init__(self, config)
         self.encoder = LambdaDinov2Encoder(config)
-        self._set_epsilons()
-        self._check_merging_is_possible()
+        self._follow_config()
         self.post_init()
 
 

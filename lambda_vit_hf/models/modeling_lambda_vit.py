@@ -96,8 +96,7 @@ class LambdaViTModel(LambdaViTPreTrainedModel, ViTModel):
         self.layers = nn.ModuleList([LambdaViTLayer(config, index) for index in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
-        self._set_epsilons()
-        self._check_merging_is_possible()
+        self._follow_config()
         self.post_init()
 
     def forward(
@@ -130,8 +129,6 @@ class LambdaViTForImageClassification(LambdaViTPreTrainedModel, ViTForImageClass
     >>> model.fold_removed_attention()
     ```
     """
-
-    _head_reads_class_token_only = True
 
     def __init__(self, config: LambdaViTConfig):
         ViTPreTrainedModel.__init__(self, config)

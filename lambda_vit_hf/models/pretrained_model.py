@@ -47,14 +47,20 @@ class LambdaPreTrainedModel(InferenceMixin):
     - `_stream_entry`: name of the module that gives the first block its input;
     - `_head_keys`: pattern of weights that are no part of the encoder: they may be missing, or left over;
     - `_auto_classes`: Auto classes and the names of the family's classes that they open;
-    - `_can_merge_tokens`: whether a class can do with fewer tokens.
+    - `_can_merge_tokens`: whether a class can do with fewer tokens;
+    - `_fit_image_size`: how embeddings and config are fitted to images of another size;
+    - `_head_reads`: what its classifier reads: `"class_token"`, `"patch_mean"` or `"class_token_and_patch_mean"`;
+      `_head_reads_norm`: whether behind the last LayerNorm; `_num_special_tokens`: tokens in front of those of
+      patches, besides registers.
     """
 
     _keys_to_ignore_on_load_missing = [r"attention_lambda$"]
     _layers, _final_norm, _stream_entry = "layers", "layernorm", "embeddings"
-    _head_keys = r"(^|\.)(classifier|pooler|decoder|mask_token)(\.|$)"
+    _head_keys = r"(^|\.)(\w*classifier|pooler|decoder|mask_token)(\.|$)"
     _auto_classes: dict[str, str] = {}
     _can_merge_tokens = True
+    _head_reads, _head_reads_norm, _num_special_tokens = "class_token", True, 1
+    _fit_image_size = staticmethod(set_image_size)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -78,14 +84,69 @@ class LambdaPreTrainedModel(InferenceMixin):
         return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
 
     @property
+    def has_class_head(self) -> bool:
+        """Whether the model gives logits of classes."""
+        return any(name.endswith("classifier") for name, _ in self.named_children())
+
+    @property
     def newly_initialized_head(self) -> bool:
         """Whether the class head is random: its weights were not in the checkpoint, nor have they been trained."""
-        if getattr(self, "_drawn_head", None) is None:
-            return False
-        weight = self.classifier.weight
-        return weight.shape == self._drawn_head.shape and torch.equal(
-            weight.detach().cpu(), self._drawn_head.to(weight.dtype)
-        )
+        drawn = getattr(self, "_drawn_heads", {})
+        weights = {name: self.get_parameter(name).detach().cpu() for name in drawn}
+        return any(torch.equal(weights[name], value.to(weights[name].dtype)) for name, value in drawn.items())
+
+    @newly_initialized_head.setter
+    def newly_initialized_head(self, value: bool) -> None:
+        if value:
+            raise ValueError("Loading finds out whether a head is new; it can only be said to be trained.")
+        self._drawn_heads = {}
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of those of patches: class token, distillation token, registers."""
+        return self._num_special_tokens + getattr(self.config, "num_register_tokens", 0)
+
+    def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """What enters the first block, `(batch, tokens, hidden)`, and what each block is called with besides."""
+        return self.base_model.embeddings(pixel_values), {}
+
+    def read_out(self, hidden_states: torch.Tensor, output: str) -> torch.Tensor:
+        """
+        What the model makes of what leaves its last block, for blocks that are called one by one.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): the stream after the last block.
+            output (`str`): `"class_head"`: the logits, `(batch, classes)`; `"class_token"`: its features behind the
+                last LayerNorm (without class token: what the model pools); `"token_mean"`: the mean over all tokens
+                there; both `(batch, hidden)`.
+        """
+        tokens = self.base_model.get_submodule(self._final_norm)(hidden_states)
+        if output == "token_mean":
+            return tokens.mean(dim=1)
+        if output == "class_token":
+            return self.pool(tokens)
+        return self.classify(self.head_input(tokens if self._head_reads_norm else hidden_states))
+
+    def reads_class_token_only(self, output: str) -> bool:
+        """Whether an output, as in `read_out`, depends on the other tokens through attention only."""
+        if output == "class_head":
+            return self._head_reads == "class_token" and self.has_class_head
+        return output == "class_token" and self._num_special_tokens > 0
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One vector for an image, `(batch, hidden)`, of tokens behind the last LayerNorm."""
+        return tokens[:, 0]
+
+    def head_input(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the class head reads of `last_hidden_state`, `(batch, features)`."""
+        if self._head_reads == "class_token":
+            return tokens[:, 0]
+        patch_mean = tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return patch_mean if self._head_reads == "patch_mean" else torch.cat([tokens[:, 0], patch_mean], dim=1)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, classes)` of what the class head reads."""
+        return self.classifier(features)
 
     def set_attention_lambda(self, value: float, layers: list[int]) -> None:
         """
@@ -196,16 +257,19 @@ class LambdaPreTrainedModel(InferenceMixin):
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
         """
-        Change the size of images the model takes; position embeddings are interpolated (bicubic, antialiased).
+        Change the size of images the model takes; stored position embeddings are interpolated: those of ViT and DeiT
+        bicubic and antialiased, as by timm; of other families as they themselves do at every call for images of
+        another size, so that their outputs stay the same, to the bit.
 
         Args:
-            image_size (`int` or `tuple[int, int]`): new height and width in pixels, multiples of the patch size.
+            image_size (`int` or `tuple[int, int]`):
+                new height and width in pixels, multiples of the patch size. DINOv2, SigLIP and CLIP: a square.
 
         Raises:
-            ValueError: if the size is no multiple of the patch size.
+            ValueError: if the family cannot take this size. The model is unchanged then.
         """
         self._check_not_prepared()
-        set_image_size(self.base_model.embeddings, self.config, image_size)
+        self._fit_image_size(self.base_model.embeddings, self.config, image_size)
 
     def _check_attention_exists(self, layers: list[int]) -> list[int]:
         layers = check_layer_indices(layers, len(self.encoder_layers))
@@ -220,6 +284,11 @@ class LambdaPreTrainedModel(InferenceMixin):
                 f"{type(self).__name__} needs a feature for every patch, so it cannot merge tokens. Pass"
                 " `token_merging_r=0` to `from_pretrained`."
             )
+
+    def _follow_config(self) -> None:
+        """What a new model does to be what its config says."""
+        self._check_merging_is_possible()
+        self._set_epsilons()
 
     def _set_epsilons(self) -> None:
         """Bring the LayerNorms that read the stream in line with the config: a folded stream needs smaller ones."""
@@ -322,8 +391,8 @@ class LambdaPreTrainedModel(InferenceMixin):
         for layer in self.encoder_layers:
             note_attention_state(layer)
         drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        if any(key.startswith("classifier.") for key in drawn) and isinstance(self.classifier, nn.Linear):
-            self._drawn_head = self.classifier.weight.detach().cpu().clone()
+        drawn = [key for key in drawn if key.endswith("classifier.weight")]
+        self._drawn_heads = {key: self.get_parameter(key).detach().cpu().clone() for key in drawn}
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, *args, save_original_format: bool = False, **kwargs

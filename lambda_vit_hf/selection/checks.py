@@ -27,9 +27,8 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
             missing or untrained.
     """
     check_model(model)
-    head = getattr(model, "classifier", None)
-    is_untrained = head is not None and getattr(model, "newly_initialized_head", False)
-    if config.output == "class_head" and head is None:
+    is_untrained = model.newly_initialized_head
+    if config.output == "class_head" and not model.has_class_head:
         raise ValueError(f"{type(model).__name__} has no class head: use `output='class_token'` or `'token_mean'`.")
     if config.output == "class_head" and is_untrained:
         raise ValueError(
@@ -40,7 +39,7 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
         logger.warning(
             "The class head is newly initialized: layers are selected by the entropy of the class token instead."
         )
-    output = "class_token" if head is None or is_untrained else "class_head"
+    output = "class_head" if model.has_class_head and not is_untrained else "class_token"
     return dataclasses.replace(config, output=config.output or output)
 
 

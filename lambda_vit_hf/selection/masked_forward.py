@@ -33,8 +33,8 @@ class MaskedForward:
 
     def __init__(self, model, output: str, mask: str, reuse_prefixes: bool = True):
         self.model, self.output, self.mask, self.reuse_prefixes = model, output, mask, reuse_prefixes
-        reads_class_token_only = model._head_reads_class_token_only if output == "class_head" else True
-        self._measures_class_token_only = output != "token_mean" and reads_class_token_only
+        self._only_class_token_counts = reuse_prefixes and model.reads_class_token_only(output)
+        self._extra: dict = {}  # what every block is called with, of the batch at hand
         self.blocks = 0
 
     def __call__(
@@ -44,7 +44,7 @@ class MaskedForward:
         Yields, once per distinct set, the positions in `sets` that hold it and the output, `(batch, features)`.
         """
         pending = [(position, frozenset(layers)) for position, layers in enumerate(sets)]
-        hidden_states = self.model.base_model.embeddings(pixel_values)
+        hidden_states, self._extra = self.model.embed(pixel_values)
         for together in [pending] if self.reuse_prefixes else [[pair] for pair in pending]:
             yield from self._walk(hidden_states, 0, together)
 
@@ -57,32 +57,19 @@ class MaskedForward:
             if not pending:
                 return
             hidden_states = self._block(hidden_states, index, pending, is_masked=False)
-        yield [position for position, _ in pending], self._measured(hidden_states)
+        yield [position for position, _ in pending], self.model.read_out(hidden_states, self.output)
 
     def _block(self, hidden_states: torch.Tensor, index: int, pending: list, is_masked: bool) -> torch.Tensor:
         self.blocks += len(hidden_states)
         layer = self.model.encoder_layers[index]
         # Without attention tokens do not see each other: above the last one only the measured token is computed.
-        first_only = (
-            self.reuse_prefixes and self._measures_class_token_only and not self._is_attention_left(index, pending)
-        )
+        first_only = self._only_class_token_counts and not self._is_attention_left(index, pending)
         if is_masked:
             hidden_states = 2 * hidden_states if self.mask == "identity" else hidden_states
         else:
-            hidden_states = layer.mix_tokens(hidden_states)
+            hidden_states = layer.mix_tokens(hidden_states, **self._extra)
         return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
 
     def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:
         above = [layer for layer in self.model.config.kept_layers if layer > index]
         return any(layer not in masked for layer in above for _, masked in pending)
-
-    def _measured(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.model.base_model.layernorm(hidden_states)
-        if self.output == "token_mean":
-            return hidden_states.mean(dim=1)
-        class_token = hidden_states[:, 0]
-        if self.output == "class_token":
-            return class_token
-        if self._measures_class_token_only:
-            return self.model.classifier(class_token)
-        return self.model.classifier(torch.cat([class_token, hidden_states[:, 1:].mean(dim=1)], dim=1))  # DINOv2's

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from ..models.folding import residual_scales
 from .calibration import CalibrationBatches
 from .entropy import GaussianEntropy, merge_across_processes
 from .processes import gather
@@ -52,11 +51,11 @@ class CalibrationPasses:
         mlp = [GaussianEntropy() for _ in layers]
 
         def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            hidden_states = self.model.base_model.embeddings(pixel_values)
+            hidden_states, extra = self.model.embed(pixel_values)
             for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
                 if of_attention is not None:
-                    of_attention.update(layer.attention_branch(hidden_states))
-                hidden_states = layer.mix_tokens(hidden_states)
+                    of_attention.update(layer.attention_branch(hidden_states, **extra))
+                hidden_states = layer.mix_tokens(hidden_states, **extra)
                 branch = layer.mlp_branch(hidden_states)
                 of_mlp.update(branch)
                 hidden_states = hidden_states + branch
@@ -71,11 +70,7 @@ class CalibrationPasses:
 
     def _shifts_of_folding(self) -> list[float]:
         """What a folded layer's entropies lack, in nats: its stream is stored smaller, and so is what adds to it."""
-        config = self.model.config
-        if not config.fold_removed:
-            return [0.0] * config.num_hidden_layers
-        scales = residual_scales(config.attention_flags, config.fold_exponent)
-        return [config.hidden_size * math.log(scale) for scale in scales]
+        return [self.model.config.hidden_size * math.log(scale) for scale in self.model.stream_scales()[1:]]
 
     def attention_influence(self) -> list[float | None]:
         """
@@ -87,10 +82,10 @@ class CalibrationPasses:
         sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
 
         def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            hidden_states = self.model.base_model.embeddings(pixel_values)
+            hidden_states, extra = self.model.embed(pixel_values)
             sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
             for index, layer in enumerate(layers):
-                mixed = layer.mix_tokens(hidden_states)
+                mixed = layer.mix_tokens(hidden_states, **extra)
                 cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
                 sums[index] += (1 - cosine).sum().cpu()
                 hidden_states = layer.feed_forward(mixed)

@@ -84,6 +84,38 @@ def test_whatever_pillow_raises_over_exif_data_the_image_is_kept(monkeypatch, er
     assert largest_difference(decode_image(encoded(picture())), picture()) == 0
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "XMP"])
+def test_nothing_can_rotate_an_image_a_second_time(kind, orientation):
+    exif = PIL.Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(picture(), kind, exif=exif) if kind != "XMP" else encoded(
+        picture(), "JPEG", xmp=f'<x tiff:Orientation="{orientation}"/>'.encode()
+    )  # fmt: skip
+    for item in (content, PIL.Image.open(io.BytesIO(content))):
+        image = decode_image(item)
+        assert image.size == ((24, 40) if orientation >= 5 else (40, 24))
+        assert largest_difference(PIL.ImageOps.exif_transpose(image), image) == 0
+
+
+def test_an_image_that_is_opened_already_is_decoded_as_its_file(monkeypatch):
+    exif = PIL.Image.Exif()
+    exif[ORIENTATION] = 6
+    content = encoded(picture("L"), "PNG", exif=exif)
+    assert largest_difference(decode_image(PIL.Image.open(io.BytesIO(content))), decode_image(content)) == 0
+    with pytest.raises(UnreadableImageError, match=r"row 3.*40 x 24 pixels are more than the limit"):
+        decode_image(picture(), max_pixels=959, name="row 3")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "TGA", "ICO", "PCX"])
+def test_formats_that_are_not_on_the_list_are_not_opened(kind, tmp_path, monkeypatch):
+    # Pillow hands an EPS, whatever its name, to Ghostscript.
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("Ghostscript ran"))
+    (tmp_path / "a.png").write_bytes(encoded(picture(), kind))
+    with pytest.raises(UnreadableImageError, match=r"a\.png cannot be decoded"):
+        decode_image(tmp_path / "a.png")
+
+
 def test_an_orientation_outside_one_to_eight_is_left_alone():
     exif = PIL.Image.Exif()
     exif[ORIENTATION] = 9

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -255,7 +256,8 @@ def test_sizes_of_shards_are_those_found_by_reading(digits):
 
 
 def test_a_repository_is_streamed_with_the_number_of_images_on_its_page(parquet, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.path.isdir", lambda path: False)  # a folder in the place of the Hub
+    # A folder in the place of the Hub.
+    monkeypatch.setattr("lambda_vit_hf.data.folders.os", SimpleNamespace(path=SimpleNamespace(isdir=lambda _: False)))
     repository = tmp_path / "repository"
     repository.mkdir()
     for path in parquet.iterdir():
@@ -268,6 +270,13 @@ def test_a_repository_is_streamed_with_the_number_of_images_on_its_page(parquet,
         assert isinstance(loaded["validation"], datasets.Dataset)
         assert sorted(loaded["validation"]["label"]) == list(range(20))
         assert loaded["validation"][0]["image"].size[0] >= 160
+
+
+def test_a_repository_whose_splits_datasets_does_not_know_is_refused(tmp_path, monkeypatch):
+    image_folder(tmp_path / "pets", "Training/cat", "Training/dog", "Testing/cat", "Testing/dog")
+    monkeypatch.setattr("lambda_vit_hf.data.folders.os", SimpleNamespace(path=SimpleNamespace(isdir=lambda _: False)))
+    with pytest.raises(ValueError, match=r"Testing/cat/0.png in its split train.*`dataset_dir`"):
+        load_image_dataset(name=str(tmp_path / "pets"))
 
 
 def test_a_stream_without_validation_is_refused(parquet, tmp_path):

@@ -14,7 +14,8 @@ from lambda_vit_hf.data.folders import load_image_dataset
 from lambda_vit_hf.evaluation import evaluate
 from lambda_vit_hf.training import training_images
 from lambda_vit_hf.training.arguments import DataArguments
-from tests.data.layouts import LAYOUTS, colour, tree
+from tests.data.layout_builders import colour, tree
+from tests.data.layouts import LAYOUTS
 
 
 ROOT = Path(__file__).parents[2]
@@ -126,4 +127,4 @@ def test_every_program_asks_the_one_loader(tmp_path, monkeypatch):
     readers = re.compile(r"datasets\.load_dataset|load_dataset_builder|ImageFolder|imagefolder|from_parquet")
     files = [*ROOT.glob("lambda_vit_hf/**/*.py"), *ROOT.glob("trainer_scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
     found = {path.name for path in files if readers.search(path.read_text(encoding="utf-8"))}
-    assert found == {"folders.py", "shards.py"}
+    assert found == {"folders.py"}

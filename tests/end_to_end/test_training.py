@@ -272,8 +272,8 @@ def test_a_new_classifier_is_trained_before_layers_are_chosen(tmp_path):
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
     run(
         tmp_path / "out", "--model_name_or_path", tmp_path / "vit", "--ignore_mismatched_sizes",
-        "--num_removed_layers", 1,
-        "--image_size", 16, "--base_num_train_epochs", 0.2, "--num_train_epochs", 0.4, "--save_strategy", "no",
+        "--num_removed_layers", 1, "--image_size", 16,
+        "--base_num_train_epochs", 0.2, "--num_train_epochs", 0.4, "--save_strategy", "no",
     )  # fmt: skip
     assert (tmp_path / "out" / "base" / "model.safetensors").is_file()
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")

@@ -98,8 +98,9 @@ def test_macs_are_those_of_a_forward_pass(changes):
         {"token_merging_r": 2},
         {"token_merging_r": 1, "token_merging_start": 1, "attention_flags": [True, False, False, True, False]},
         {"token_merging_r": [0, 3, 0, 100, 0]},
+        {"token_merging_r": 100},
     ],
-    ids=["every block", "from the second kept block", "a list, capped"],
+    ids=["every block", "from the second kept block", "a list, capped", "until nothing can merge"],
 )
 def test_macs_with_token_merging_are_those_of_a_forward_pass(changes):
     config = LambdaViTConfig(**{**SMALL, **changes}, attn_implementation="eager")

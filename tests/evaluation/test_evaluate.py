@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf.cli.evaluate import describe
+from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.evaluation.evaluate import (
     class_indices,
@@ -143,8 +144,8 @@ def test_an_unknown_split_is_named():
 def test_labelled_images_count_classes_as_the_model_does(digits_model):
     images, labels = labelled_images(digits_model, "digits", None, 20)
     assert images.shape == (20, 3, 8, 8)
-    chosen = load_split("digits")["label"][:: 360 // 20]
-    assert labels.tolist() == [9 - label for label in chosen]
+    in_order = load_split("digits")["label"]
+    assert labels.tolist() == [9 - in_order[index] for index in evenly_spaced(360, 20)]
 
 
 # The program.

@@ -1,9 +1,13 @@
 """Pictures: that they are there, and that they show the numbers they are given."""
 
+import importlib
+
 import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from lambda_vit_hf.evaluation import plotting
 from lambda_vit_hf.evaluation.plotting import plot_layer_entropies, plot_pairs, plot_search, plot_training
@@ -30,11 +34,15 @@ def selection():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, kept open to look into."""
-    close, drawn = plotting.plt.close, []
-    monkeypatch.setattr(plotting.plt, "close", drawn.append)
-    yield drawn
-    close("all")
+    """The figures that were drawn, to look into."""
+    drawn = []
+
+    def new_figure(**options):
+        drawn.append(Figure(**options))
+        return drawn[-1]
+
+    monkeypatch.setattr(plotting, "Figure", new_figure)
+    return drawn
 
 
 LOG = [
@@ -65,8 +73,19 @@ def points(axes, label):
     return list(zip(horizontal, vertical, strict=True))
 
 
-def test_no_window_is_needed():
-    assert matplotlib.get_backend().lower() == "agg"
+def test_a_users_own_backend_and_figures_are_left_alone(selection, tmp_path):
+    before = matplotlib.get_backend()
+    try:
+        pyplot.switch_backend("svg")
+        importlib.reload(plotting)
+        mine = pyplot.figure()
+        plotting.plot_layer_entropies(selection, tmp_path / "entropy.png")
+        plotting.plot_training(LOG, tmp_path / "training.png")
+        assert matplotlib.get_backend() == "svg"
+        assert pyplot.get_fignums() == [mine.number], "figures pile up in a long process"
+    finally:
+        pyplot.close("all")
+        pyplot.switch_backend(before)
 
 
 def test_entropies_and_search_are_a_png(selection, tmp_path):
@@ -77,12 +96,6 @@ def test_entropies_and_search_are_a_png(selection, tmp_path):
 def test_training_is_a_png(tmp_path):
     plot_training(LOG, tmp_path / "training.png", base_accuracy=0.8)
     assert_is_a_picture(tmp_path / "training.png")
-
-
-def test_figures_are_closed(selection, tmp_path):
-    plot_layer_entropies(selection, tmp_path / "entropy.png")
-    plot_training(LOG, tmp_path / "training.png")
-    assert plotting.plt.get_fignums() == [], "open figures pile up in a long process"
 
 
 def test_entropies_are_drawn_by_layer_with_the_removed_ones_marked(selection, figures, tmp_path):

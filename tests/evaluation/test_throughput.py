@@ -63,7 +63,7 @@ def test_warm_up_is_left_out_and_outliers_do_not_count(clock):
         "b": Scripted("b", clock, [], [*warm_up, 0.5, 0.5, 0.5, 30.0, 30.0]),
     }
     # Four images in a median of 2 s, and of 0.5 s.
-    assert images_per_second(models, BATCH, rounds=5) == {"a": 2.0, "b": 8.0}
+    assert images_per_second(models, BATCH, rounds=5, max_seconds=1000) == {"a": 2.0, "b": 8.0}
 
 
 def test_real_models_give_a_positive_figure_each():
@@ -107,6 +107,20 @@ def test_no_round_starts_after_the_time_but_some_run_in_any_case(clock):
     assert seconds == {"a": [1.0] * 9}, "11 rounds of a second, 2 of them to warm up"
     seconds = interleave({"a": lambda: run(BATCH)}, rounds=40, warm_up=2, max_seconds=0.0, min_rounds=4)
     assert seconds == {"a": [1.0] * 4}
+
+
+def test_a_slow_machine_times_each_model_once_after_one_round_to_warm_up(clock):
+    diary = []
+    models = {name: Scripted(name, clock, diary, [50.0, 40.0]) for name in ("before", "after")}
+    assert images_per_second(models, BATCH, max_seconds=60) == {"before": 0.1, "after": 0.1}
+    assert [name for name, _, _ in diary] == ["before", "after"] * 2
+
+
+def test_a_measurement_that_fails_leaves_the_models_as_they_were(clock):
+    model = Scripted("a", clock, [], []).train()
+    with pytest.raises(StopIteration):
+        images_per_second({"a": model}, BATCH)
+    assert model.training
 
 
 def test_progress_is_told_outside_of_what_is_timed(clock):

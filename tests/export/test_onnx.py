@@ -90,6 +90,42 @@ def test_int8_keeps_the_best_class_and_shrinks_the_file(removed, tmp_path):
     assert "MatMulInteger" in {node.op_type for node in _graph(tmp_path / "int8.onnx").node}
 
 
+def test_no_pair_of_int8_products_overflows_16_bits_on_a_cpu_without_vnni(removed, tmp_path):
+    # vpmaddubsw of AVX2: two products of an unsigned activation and a signed weight, added in 16 bits, saturating.
+    export_onnx(removed.eval(), tmp_path / "model.onnx")
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    weights = _quantized_weights(tmp_path / "int8.onnx")
+    assert len(weights) >= 10
+    for name, weight in weights.items():
+        pairs = np.abs(weight.astype(np.int64)).reshape(len(weight) // 2, 2, -1).sum(axis=1)
+        assert 255 * pairs.max() <= np.iinfo(np.int16).max, name
+    assert max(np.abs(weight.astype(np.int64)).max() for weight in weights.values()) >= 60, "bits are left unused"
+
+
+def _quantized_weights(path) -> dict[str, np.ndarray]:
+    """The constant `(inputs, outputs)` of every product of integers."""
+    from onnx import numpy_helper
+
+    graph = _graph(path)
+    constants = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    return {node.input[1]: constants[node.input[1]] for node in graph.node if node.op_type == "MatMulInteger"}
+
+
+def test_one_image_is_enough_and_none_is_refused(removed, tmp_path, pixel_values):
+    check = export_program(removed.eval(), tmp_path / "model.pt2", pixel_values[:1])
+    assert check.num_images == 1 and check.top1_agreement == 1.0
+    with pytest.raises(ValueError, match="at least one"):
+        export_program(removed, tmp_path / "model.pt2", pixel_values[:0])
+
+
+def test_a_new_head_is_not_exported(removed, tmp_path):
+    removed.newly_initialized_head = True
+    for write in (export_onnx, export_program):
+        with pytest.raises(ValueError, match="head of this model is new"):
+            write(removed.eval(), tmp_path / "model")
+    assert list(tmp_path.glob("model*")) == []
+
+
 def _graph(path):
     import onnx
 

@@ -13,6 +13,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import ViTImageProcessor
 
+from lambda_vit_hf.data import decoding
+from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.serving_folder import describe_preprocessing, export_for_serving
@@ -56,6 +58,13 @@ def test_odd_pictures_are_served_too(photographs):
         np.testing.assert_allclose(classifier.preprocess(image), expected, atol=0.05)
 
 
+def test_a_picture_of_too_many_pixels_is_not_served():
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    with pytest.raises(UnreadableImageError, match="20000 x 20000"):
+        classifier.preprocess(PIL.Image.new("1", (20000, 20000)))
+
+
 def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
     classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
     classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
@@ -63,6 +72,29 @@ def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to see it upright
     lying.save(tmp_path / "lying.png", exif=exif)
+    with PIL.Image.open(tmp_path / "lying.png") as picture:
+        np.testing.assert_array_equal(classifier.preprocess(picture), classifier.preprocess(photographs[0]))
+
+
+def test_deep_and_floating_point_pictures_are_served_as_they_were_read_in_training(photographs):
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    gray = np.asarray(photographs[0].convert("L"))
+    expected = classifier.preprocess(photographs[0].convert("L"))
+    pictures = {"I": gray.astype(np.int32) * 257, "F in 255ths": gray / np.float32(1), "F": gray / np.float32(255)}
+    for name, values in pictures.items():
+        found = classifier.preprocess(PIL.Image.fromarray(values))
+        np.testing.assert_allclose(found, expected, atol=0.05, err_msg=name)
+
+
+def test_exif_data_of_a_wrong_type_do_not_stop_the_server(photographs, tmp_path):
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, and a resolution
+    damaged = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")  # written as a byte
+    assert damaged != exif.tobytes()
+    photographs[0].rotate(90, expand=True).save(tmp_path / "lying.png", exif=damaged)
     with PIL.Image.open(tmp_path / "lying.png") as picture:
         np.testing.assert_array_equal(classifier.preprocess(picture), classifier.preprocess(photographs[0]))
 
@@ -93,8 +125,10 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
     processor = ViTImageProcessor(**PROCESSORS["square"])
     check = export_for_serving(removed.eval(), processor, tmp_path / "served")
     assert check.file == "model.onnx" and check.max_difference < 1e-4
-    names = ["README.md", "model.onnx", "preprocessing.json", "serve.py"]
+    names = ["README.md", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == names
+    decoding_served = (tmp_path / "served" / "decoding.py").read_bytes()
+    assert decoding_served == Path(decoding.__file__).read_bytes(), "pictures are decoded as in training"
     paths = []
     for index, photograph in enumerate(photographs):
         paths.append(str(tmp_path / f"{index}.png"))

@@ -1,5 +1,6 @@
 """Calibration images in every form users have them, even sampling, and random numbers that are put back."""
 
+import io
 import random
 import tempfile
 
@@ -9,7 +10,9 @@ import PIL.Image
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from transformers import ViTImageProcessor
 
+from lambda_vit_hf.data.decoding import decode_image
 from lambda_vit_hf.data.sampling import balanced_folds, evenly_spaced
 from lambda_vit_hf.selection import calibration
 from lambda_vit_hf.selection.calibration import CalibrationBatches
@@ -131,6 +134,18 @@ def test_pictures_are_processed():
         assert read[:, 2, 3, 3].tolist() == [0, 0.5, 1, 1.5, 2, 2.5], type(images)
     with pytest.raises(TypeError, match="image_processor"):
         CalibrationBatches(pictures)
+
+
+def test_pictures_are_decoded_as_in_training():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.arange(16, dtype=np.uint16).reshape(2, 8) * 4096).save(file, "PNG", exif=exif)
+    processor = ViTImageProcessor(do_resize=False, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    ((read, _),) = CalibrationBatches([PIL.Image.open(file)], 1, processor)
+    expected = np.asarray(decode_image(file.getvalue()), dtype=np.float32) / 255
+    assert read.shape == (1, 3, 8, 2) and read.mean() < 0.5, "not upright, or 16 bits clipped to white"
+    np.testing.assert_allclose(read[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list of dicts", "list of batches", "stream", "DataLoader"])
