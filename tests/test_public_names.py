@@ -29,6 +29,7 @@ def test_a_type_checker_sees_every_public_name_where_it_is_defined():
         if isinstance(node, ast.ImportFrom) and node.level == 1
         for alias in node.names
     }
+    del imported["register_auto_classes"]  # what importing does
     assert sorted(imported) == sorted(lambda_vit_hf.__all__)
     for name, module in imported.items():
         found = getattr(importlib.import_module(f"lambda_vit_hf.{module}"), name)

@@ -48,31 +48,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
     from accelerate import PartialState
-    from torch.utils.data import Subset
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import AutoLambdaModelForImageClassification, select_attention_layers
+    from lambda_vit_hf import AutoLambdaModelForImageClassification, SelectionConfig, select_attention_layers
 
     from ..data.dataset import ProcessedImages
     from ..data.folders import load_image_dataset
-    from ..data.sampling import evenly_spaced
 
+    options = ("strategy", "output", "mask", "compare", "calibration_size", "batch_size")
+    config = SelectionConfig(**{name: getattr(arguments, name) for name in options}, autocast_dtype=arguments.autocast)
     model = AutoLambdaModelForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
     images = load_image_dataset(**dataset_options(arguments))["train"]
-    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
     selection = select_attention_layers(
         model,
-        Subset(images, evenly_spaced(len(images), arguments.calibration_size)),
-        num_layers=arguments.num_removed_layers,
-        ratio=arguments.removal_ratio,
-        strategy=arguments.strategy,
-        output=arguments.output,
-        mask=arguments.mask,
-        compare=arguments.compare,
-        batch_size=arguments.batch_size,
-        autocast_dtype=getattr(torch, arguments.autocast) if arguments.autocast else None,
+        ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model)),
+        arguments.num_removed_layers,
+        arguments.removal_ratio,
+        selection=config,
         pairs=arguments.pairs,
     )
     if state.is_main_process:

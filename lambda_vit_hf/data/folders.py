@@ -99,9 +99,7 @@ def load_image_dataset(
         files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
         loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
     origin = {split: files[split].origin if split in files else split for split in loaded}
-    if "validation" in loaded:
-        loaded.pop("test", None)
-    elif "test" in loaded:
+    if "test" in loaded and "validation" not in loaded:
         loaded["validation"] = loaded.pop("test")
         origin["validation"] = f"{origin['test']}, a test split, as there is no validation split"
     if needed not in loaded and "train" not in loaded:

@@ -81,14 +81,18 @@ def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[s
         raise ValueError(f"The dataset folder {directory} is empty: expected images or parquet files.")
     parquet = [file for file in files if file.lower().endswith(".parquet") and _name(file) not in METADATA]
     if parquet:
-        splits = _files_by_split(root, parquet, "parquet", find_splits)
         _ignore_beside_parquet(files, ignored)
+        splits = _files_by_split(root, parquet, "parquet", find_splits)
     elif idx := [file for file in root.files if re.search(r"-idx[13]-ubyte", _name(file))]:
         splits = _files_by_split(root, idx, "idx", find_splits)
         _refuse_beside(root, [file for file in root.files if file not in idx] + [one.path for one in root.folders])
     else:
         folders = _split_folders(root) if find_splits else {"train": root}
+        if "validation" in folders and "test" in folders:  # which often has no labels
+            ignored.append(folders.pop("test").path)
         splits = {split: _read_split(folder, split, ignored) for split, folder in folders.items()}
+    if "validation" in splits and "test" in splits:
+        ignored += splits.pop("test").files
     return splits, [os.path.relpath(path, directory) for path in ignored]
 
 

@@ -37,13 +37,13 @@ PUSHED_FILES = (
     *("config.json", "*.safetensors", _INDEX, "preprocessor_config.json"),  # from_pretrained reads them
     *("README.md", "selection.json", "metrics.json", "*.png"),  # people read them
     # Remote code: what `save_pretrained` copies, today and (merging, removal) in older versions.
-    *sorted(path.name for path in resources.files("lambda_vit_hf.models").iterdir() if path.suffix == ".py"),
+    *sorted(path.name for path in resources.files("lambda_vit_hf.models").iterdir() if path.name.endswith(".py")),
     *("merging.py", "removal.py"),
 )
 _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/*.pkl", "/base/", "/runs/")
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.
 _HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-_ATTENTION_KEY = re.compile(r"layers?\.(\d+)\.(?:attention|layernorm_before)")
+_ATTENTION_KEY = re.compile(r"layers?\.(\d+)\.(?:attention|self_attn|layernorm_before)")
 _CONFLICT = "another conflicting operation"
 _LONGEST_WAIT = 300.0  # seconds
 _LOST = "Pushing again is safe even if it arrived: nothing is committed twice."

@@ -85,7 +85,11 @@ class CalibrationBatches:
         if isinstance(images, torch.Tensor):
             return images[self._rank :: self._num_processes], own
         bar.reset(total=len(own))
-        return keep_in_file(((self._pixel_values(images[int(n)])[None], n[None]) for n in own), bar)
+        return keep_in_file(((self._read_one(images, int(n))[None], n[None]) for n in own), bar)
+
+    def _read_one(self, images, position: int) -> torch.Tensor:
+        with fixed_randomness(position):  # so augmentation does not depend on what else this process reads
+            return self._pixel_values(images[position])
 
     def _read_through(self, images: Iterable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for item in images:

@@ -75,13 +75,6 @@ def check_model(model) -> None:
         )
 
 
-def check_options(model, strategy, output: str | None, mask: str, compare: str) -> None:
-    """[`SelectionConfig`] and [`fit_to_model`] in one; without a model (`None`), the options alone."""
-    config = SelectionConfig(strategy, output, mask, compare)
-    if model is not None:
-        fit_to_model(config, model)
-
-
 def count_layers(num_candidates: int, num_removed_layers: int | None, removal_ratio: float | None) -> int:
     """
     How many layers to remove, from exactly one of a count and a ratio (rounded to the nearest count, halves up).

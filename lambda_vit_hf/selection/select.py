@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
-from .checks import check_options, count_layers, fit_to_model
+from .checks import count_layers, fit_to_model
 from .config import SelectionConfig
 from .entropy import SMALLEST_SIGMA
 from .processes import fail_together, gather, rank_and_num_processes
@@ -25,7 +25,7 @@ from .statistics import CalibrationPasses
 from .strategies import STRATEGIES
 
 
-__all__ = ["AttentionSelection", "SelectionStep", "check_options", "count_layers", "select_attention_layers"]
+__all__ = ["AttentionSelection", "SelectionStep", "select_attention_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def select_attention_layers(
     it with the same images; all get the same answer.
 
     Args:
-        model ([`LambdaViTModel`] or [`LambdaViTForImageClassification`]): the trained model.
+        model ([`LambdaPreTrainedModel`]): the trained model, such as a [`LambdaViTForImageClassification`].
         calibration: images, in any form that [`CalibrationBatches`] takes; a few hundred training images will do.
         num_removed_layers (`int`, *optional*): how many layers to choose; or
         removal_ratio (`float`, *optional*): the fraction of the attention layers that the model has.
@@ -70,8 +70,9 @@ def select_attention_layers(
         [`AttentionSelection`]
 
     Raises:
-        ValueError: on an empty calibration set, an impossible number of layers, an option that is unknown or does not
+        ValueError: on an empty calibration set, an impossible number of layers, an option that is wrong or does not
             fit the model, or a model that is half-way diluted.
+        TypeError: on an unknown option, or calibration items without pixel values.
         RuntimeError: if another process failed.
     """
     num_removed_layers = _renamed("num_layers", num_layers, "num_removed_layers", num_removed_layers)

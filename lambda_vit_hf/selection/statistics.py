@@ -74,9 +74,9 @@ class CalibrationPasses:
 
     def attention_influence(self) -> list[float | None]:
         """
-        How much each layer's attention turns the stream: 1 - cos(x, x + Attention(LayerNorm(x))), the mean over images
-        and tokens; `None` without attention. The block influence of ShortGPT (arXiv 2403.03853) and LLM-Drop (arXiv
-        2406.15786).
+        How much each layer's attention changes the direction of its input: 1 - cos(x, x + Attention(LayerNorm(x))),
+        the mean over images and tokens; `None` without attention. The block influence of ShortGPT (arXiv 2403.03853)
+        and LLM-Drop (arXiv 2406.15786).
         """
         layers = self.model.encoder_layers
         sums = torch.zeros(len(layers) + 1, dtype=torch.float64)

@@ -12,7 +12,13 @@ from benchmarks import compare_selections
 @pytest.fixture
 def digits_vit(tmp_path):
     config = ViTConfig(
-        image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_labels=10
+        image_size=8,
+        patch_size=2,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=10,
     )
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
@@ -106,5 +112,6 @@ def test_it_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):
         "--random_sets",
         "0",
     )
-    assert results["runs"][0]["layers"] == [3], "not the four layers of the model given"
+    assert results["runs"][0]["layers"] == [2]
+    assert not (tmp_path / "runs" / "seed-7" / "base").exists(), "a base model was trained"
     assert results["settings"]["num_train_images"] == 400

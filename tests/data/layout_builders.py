@@ -111,15 +111,15 @@ def out_of_range(folder: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "test.parquet")
 
 
-def described(*splits: str, columns=("file_name", "label"), extra=(), left_out=(), kind="csv") -> Callable:
+def described(*splits: str, columns=("file_name", "label"), extra=(), left_out=(), kind="csv", inside="") -> Callable:
     """Images beside a metadata file, in each of the folders."""
 
     def build(folder: Path) -> None:
         for split in splits:
             rows = []
             for n, label in enumerate(["cat", "dog"] * 5):
-                name = f"{n}.png"
-                (folder / split).mkdir(parents=True, exist_ok=True)
+                name = f"{inside}{n}.png"
+                (folder / split / inside).mkdir(parents=True, exist_ok=True)
                 (folder / split / name).write_bytes(encoded(label))
                 rows.append((name, label))
             rows = [row for row in rows if row[0] not in left_out] + [(name, "cat") for name in extra]

@@ -60,7 +60,12 @@ LAYOUTS = {
     "train, evaluation": splits("train", "evaluation"),
     "training_set, test_set": splits("training_set", "test_set"),
     "train2017, val2017": splits("train2017", "val2017"),
-    "train, validation, test": Layout(tree(*PAIR, "test/cat:9", "test/dog:9"), two(5), two(2)),
+    "train, validation, test": Layout(
+        tree(*PAIR, "test/cat:9", "test/dog:9"), two(5), two(2), ignored=("Ignored: test$",)
+    ),
+    "train, validation, test without labels": Layout(
+        tree(*PAIR, "test/0.png"), two(5), two(2), ignored=("Ignored: test$",)
+    ),
     "train alone": Layout(tree("train/cat:10", "train/dog:10"), two(8), two(2)),
     "test alone": Layout(tree("test/cat:2", "test/dog:2"), refused="`train` split is needed, found .'test'"),
     "train, holdout": Layout(tree("train/cat:5", "train/dog:5", "holdout/cat:5"), refused="holdout looks like no"),
@@ -151,6 +156,9 @@ LAYOUTS = {
     "train.parquet, eval-*.parquet": Layout(table(**{"train": LABELS * 3, "eval-0": LABELS}), two(3), two(1)),
     "Train.parquet, Testing.parquet": Layout(table(Train=LABELS * 3, Testing=LABELS), two(3), two(1)),
     "train/*.parquet, dev/*.parquet": Layout(table(train__0=LABELS * 3, dev__0=LABELS), two(3), two(1)),
+    "train.parquet, val.parquet, test.parquet": Layout(
+        table(train=LABELS * 3, val=LABELS, test=[-1, -1]), two(3), two(1), ignored=("Ignored: test.parquet$",)
+    ),
     "one parquet file": Layout(table(data=LABELS * 5), two(4), two(1), refused_as_stream=NO_VALIDATION),
     "train.parquet, other.parquet": Layout(
         table(train=LABELS * 3, other=LABELS), refused="other.parquet looks like no split"
@@ -210,6 +218,7 @@ LAYOUTS = {
     "metadata.csv": Layout(described("."), two(4), two(1)),
     "metadata.jsonl": Layout(described(".", kind="jsonl"), two(4), two(1)),
     "metadata.csv in each split": Layout(described("Train", "Test"), two(5), two(5)),
+    "metadata.csv beside a folder of images": Layout(described(".", inside="images/"), two(4), two(1)),
     "metadata.csv beside class folders": Layout(
         all_of(tree("cat:2", "dog:2"), tree("metadata.csv")), refused="metadata.csv and .*cat"
     ),

@@ -330,11 +330,24 @@ def test_a_refused_commit_is_reported_once_and_not_tried_again(client, hub, fold
         {"status": 409, "message": "Cannot commit: another conflicting operation is in progress"},
         {"status": 412, "message": "A commit has happened since. Please refresh and try again."},
         {"status": 429},
+        {"status": 500},
+        {"status": 502},
         {"status": 503},
+        {"status": 504},
         {"cut": True},
         {"after_commit": True},
     ],
-    ids=["409 conflict", "412", "429", "503", "connection cut", "connection dropped after the commit"],
+    ids=[
+        "409 conflict",
+        "412",
+        "429",
+        "500",
+        "502",
+        "503",
+        "504",
+        "connection cut",
+        "connection dropped after the commit",
+    ],
 )
 def test_a_passing_fault_of_the_commit_ends_in_exactly_one_commit(client, hub, folder, fault):
     hub.faults.append(Fault("POST", "/commit/", times=1 if "after_commit" in fault else 2, **fault))
@@ -445,6 +458,16 @@ def test_weights_that_do_not_fit_the_config_are_refused_even_if_forced(client, h
     (folder / "config.json").write_text(json.dumps({**config, "attention_flags": flags}))
     message = push_fails(client, folder, "ValueError", force=True)
     assert "attention in layers [0, 2]" in message and str(flags) in message
+    assert hub.requests == []
+
+
+def test_a_plain_vit_is_named_before_any_request(client, hub, tmp_path):
+    code = """
+shape = dict(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+transformers.ViTForImageClassification(transformers.ViTConfig(**shape)).save_pretrained(folder)
+"""
+    client.run(code, folder=str(tmp_path / "vit"))
+    assert "a model of type 'vit', not a LambdaViT" in push_fails(client, tmp_path / "vit", "ValueError")
     assert hub.requests == []
 
 

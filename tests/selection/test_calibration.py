@@ -193,6 +193,14 @@ def test_random_loaders_give_the_same_images_at_every_pass(images):
     assert not torch.equal(first, IMAGES), "nothing random happened"
 
 
+@pytest.mark.parametrize("images", [Flipping, lambda: DataLoader(Flipping(), batch_size=4)], ids=["dataset", "loader"])
+def test_augmented_images_do_not_depend_on_the_number_of_processes(images, monkeypatch):
+    alone = read_all(CalibrationBatches(images()))
+    for rank in range(3):
+        monkeypatch.setattr(calibration, "rank_and_num_processes", lambda rank=rank: (rank, 3))
+        assert torch.equal(read_all(CalibrationBatches(images())), alone[rank::3])
+
+
 @pytest.mark.parametrize("images", [lambda: shuffled(False), Flipping], ids=["shuffled", "augmented"])
 def test_images_do_not_depend_on_the_random_numbers_drawn_before(images):
     found = []

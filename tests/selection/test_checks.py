@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lambda_vit_hf import LambdaViTForImageClassification, select_attention_layers
-from lambda_vit_hf.selection.checks import check_amount
-from lambda_vit_hf.selection.select import count_layers
+from lambda_vit_hf.selection.checks import check_amount, count_layers
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.4, 5), (0.5, 6), (0.25, 3), (0.3, 4), (0.0, 0)])

@@ -16,6 +16,7 @@ from lambda_vit_hf import (
     SelectionConfig,
 )
 from lambda_vit_hf.data.dataset import AugmentationEpoch
+from lambda_vit_hf.data.sampling import evenly_spaced
 from tests.conftest import TINY, in_two_processes
 from tests.small_training import Blobs, make_trainer
 
@@ -75,8 +76,9 @@ def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     callback = EntropyGuidedRemovalCallback(num_removed_layers=3, calibration_dataset=Blobs(), calibration_size=20)
     make_trainer(model, tmp_path, [callback]).train()
     from lambda_vit_hf import select_attention_layers
+    from lambda_vit_hf.data.sampling import evenly_spaced
 
-    images = torch.stack([Blobs()[index * 48 // 20]["pixel_values"] for index in range(20)])
+    images = torch.stack([Blobs()[index]["pixel_values"] for index in evenly_spaced(48, 20)])
     assert callback.selection.order == select_attention_layers(before, images, num_removed_layers=3).order
     assert callback.selection.num_images == 20
 
@@ -512,7 +514,7 @@ def test_amounts_that_do_not_fit_the_model_are_refused_when_the_trainer_is_built
 
 
 def test_a_plain_vit_is_refused_when_the_trainer_is_built(vit, tmp_path):
-    with pytest.raises(ValueError, match="needs a LambdaViT model"):
+    with pytest.raises(ValueError, match="Expected a model such as LambdaViT"):
         make_trainer(vit, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=1)])
 
 

@@ -3,9 +3,9 @@
 import logging
 
 import pytest
-from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
-from lambda_vit_hf.training.arguments import ModelArguments
+from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, ModelArguments, parse_arguments
 from lambda_vit_hf.training.output_folder import OutputFolder
 from lambda_vit_hf.training.starting_model import load_starting_model
 from tests.conftest import TINY
@@ -65,3 +65,46 @@ def test_a_new_model_evaluates_the_crop_that_is_asked_for(tmp_path):
     assert is_new
     assert isinstance(processor, ViTImageProcessor)
     assert (processor.size.shortest_edge, processor.crop_size.height) == (32, 28)
+
+
+# A classifier that was not in the checkpoint is new, whatever the config says of its classes.
+
+
+@pytest.fixture
+def headless(tmp_path):
+    """A ViT without a classifier; its config says 2 classes, transformers' default."""
+    shape = {name: value for name, value in TINY.items() if name != "num_labels"}
+    ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "backbone")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], NAMES], ids=len)
+def test_a_checkpoint_without_a_classifier_gets_a_new_one_that_is_trained_first(headless, tmp_path, names, caplog):
+    model, _, is_new = load(headless, names, tmp_path)
+    assert is_new
+    assert model.config.id2label == dict(enumerate(names))
+    assert "no classifier: a new one is trained first" in caplog.text
+
+
+def test_another_number_of_classes_needs_a_word(named, tmp_path):
+    with pytest.raises(ValueError, match=r"5 classes, the dataset has 2.*--ignore_mismatched_sizes"):
+        load(named, ["cat", "dog"], tmp_path)
+    model, _, is_new = load(named, ["cat", "dog"], tmp_path, ignore_mismatched_sizes=True)
+    assert is_new and model.config.num_labels == 2
+
+
+def test_a_shape_that_is_not_the_checkpoints_is_refused(named, tmp_path):
+    with pytest.raises(ValueError, match=r"'patch_size': \(4, 2\).*Leave these out"):
+        load(named, NAMES, tmp_path, patch_size=2, hidden_size=TINY["hidden_size"])
+    load(named, NAMES, tmp_path, patch_size=TINY["patch_size"], hidden_size=TINY["hidden_size"])
+
+
+def test_a_recipes_shape_is_not_put_on_a_checkpoint_of_the_command_line(named, tmp_path, caplog):
+    parsed = parse_arguments(["digits", "--model_name_or_path", str(named)], PROGRAM_ARGUMENTS)
+    model, *_ = load_starting_model(parsed[0], NAMES, OutputFolder(tmp_path / "out"), False)
+    assert (model.config.image_size, model.config.patch_size) == (TINY["image_size"], TINY["patch_size"])
+    assert "left out" in caplog.text.lower() and "image_size" in caplog.text
+    resized = parse_arguments(["digits", "--model_name_or_path", str(named), "--image_size", "32"], PROGRAM_ARGUMENTS)
+    model, *_ = load_starting_model(resized[0], NAMES, OutputFolder(tmp_path / "out"), False)
+    assert model.config.image_size == 32

@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
+from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.data.mixing import MixupCollator
 from lambda_vit_hf.training.arguments import LambdaTrainingArguments
 from lambda_vit_hf.training.losses import DistillationLoss
 from lambda_vit_hf.training.optimization import timm_cosine
 from lambda_vit_hf.training.trainer import ImageClassificationTrainer
+from tests.conftest import TINY
 from tests.small_training import Blobs
 
 
@@ -132,8 +135,6 @@ def test_resuming_from_the_last_step_in_mid_epoch_trains_no_more(model, tmp_path
 
 
 def test_an_accumulated_step_moves_the_weights_as_one_large_batch(vit_folder, tmp_path):
-    from lambda_vit_hf import LambdaViTForImageClassification
-
     models = []
     for batch, accumulation in ((16, 1), (4, 4)):
         model = LambdaViTForImageClassification.from_pretrained(vit_folder)
@@ -142,3 +143,30 @@ def test_an_accumulated_step_moves_the_weights_as_one_large_batch(vit_folder, tm
         models.append(model)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression", "num_labels": 1},
+        {"num_labels": 1},
+    ],
+    ids=str,
+)
+def test_a_model_for_another_task_is_refused_when_the_trainer_is_built(tmp_path, task):
+    model = LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, **task}))
+    with pytest.raises(ValueError, match=r"one of several classes.*LambdaViTTrainer"):
+        make(model, tmp_path)
+
+
+def test_plain_training_arguments_train_with_the_trainers_own_schedule(model, tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    trainer = ImageClassificationTrainer(
+        model=model, args=arguments, train_dataset=Blobs(), data_collator=collate,
+        callbacks=[EntropyGuidedRemovalCallback(removed_layers=[1])],
+    )  # fmt: skip
+    assert trainer.train().global_step == 2
+    assert model.config.removed_layers == [1]
