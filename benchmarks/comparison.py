@@ -186,7 +186,7 @@ class Experiment:
         set_seed(seed)
         model, processor, _ = self._start(seed, checkpoint)
         how = {name: getattr(self.removal_args, name) for name in ("schedule", "hold_share", "granularity", "fold")}
-        callbacks = [EntropyGuidedRemovalCallback(layers=layers, **how)] if layers else []
+        callbacks = [EntropyGuidedRemovalCallback(removed_layers=layers, **how)] if layers else []
         epochs, learning_rate = self.training_args.num_train_epochs, self.training_args.learning_rate
         top1 = self._train(model, processor, seed, callbacks, epochs, learning_rate)
         if model.config.removed_layers != sorted(layers):
