@@ -1,0 +1,95 @@
+"""What README and documents say is there: commands, code, files, links."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import lambda_vit_cli
+from lambda_vit_hf.training.recipes import known_recipes
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every `lambda-vit ...` in a shell block or between backticks."""
+    lines = [line for block in code_blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(lambda-vit [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("lambda-vit ")]
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_code_compiles_and_imports_public_names(document):
+    for block in code_blocks(document.read_text(encoding="utf-8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("lambda_vit_hf"):
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{node.module} has no {missing}"
+
+
+def test_the_readme_names_every_command():
+    assert {words[1] for words in commands(README)} == set(lambda_vit_cli.COMMANDS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_commands_exist_with_their_options_and_recipes(document, capsys):
+    for _, command, *words in commands(document.read_text(encoding="utf-8")):
+        if "|" in command:  # several in one
+            assert set(command.split("|")) <= set(lambda_vit_cli.COMMANDS)
+            continue
+        if command.startswith("-") or command == "COMMAND":
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            lambda_vit_cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        unknown = [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", shown)]
+        assert not unknown, f"lambda-vit {command} has no {unknown}"
+        if command == "train" and words and words[0].islower() and "." not in words[0]:
+            assert words[0] in known_recipes()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (document.parent / link).exists()] == []
+
+
+def test_make_targets_that_documents_name_exist():
+    targets = re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for document in DOCUMENTS:
+        named = re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(named) <= set(targets), document.name
+
+
+def test_the_architecture_names_files_that_exist():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*") if ".venv" not in path.parts}
+    sources |= {path.name for path in ROOT.iterdir()}
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert any(("/" + one).endswith("/" + name.rstrip("/")) for one in sources), f"{name} is not there"
+
+
+def test_the_architecture_names_functions_that_exist():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("lambda_vit*/**/*.py"))
+    code += (ROOT / "lambda_vit_cli.py").read_text(encoding="utf-8")
+    for name in re.findall(r"`(?:\w+\.)?([A-Za-z_]+)`", text):
+        if "_" in name.strip("_") or name[0].isupper():
+            assert re.search(rf"\b{name}\b", code), f"{name} is not in the code"
