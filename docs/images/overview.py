@@ -22,8 +22,8 @@ def block(axis, x: float, title: str, has_attention: bool) -> None:
     axis.annotate("", (x, 0.95), (x, 0.86), arrowprops=dict(arrowstyle="->", color="#333333"))
     for y, name, color in boxes:
         gone = color == GONE
-        box = FancyBboxPatch((x + 0.06, y), 0.3, 0.14, boxstyle="round,pad=0.012", facecolor="white" if gone else color,
-                             edgecolor=color, linestyle="--" if gone else "-", zorder=2)  # fmt: skip
+        box = FancyBboxPatch((x + 0.06, y), 0.3, 0.14, boxstyle="round,pad=0.012", edgecolor=color, zorder=2,
+                             facecolor="white" if gone else color, linestyle="--" if gone else "-")  # fmt: skip
         axis.add_patch(box)
         text = f"{name}\ndeleted" if gone else f"LayerNorm\n{name}"
         axis.text(
@@ -51,8 +51,8 @@ def accuracies(axis) -> None:
         labels.append(shown)
     axis.set_xticks(places, labels, fontsize=8)
     axis.set(ylim=(80, 100), title="top-1 (%, axis from 80), trained equally long")
-    axis.legend(handles=[axis.containers[1][0], axis.containers[3][0]], labels=["all 12 attention layers", "6 removed"],
-                fontsize=7, loc="upper right")  # fmt: skip
+    handles = [axis.containers[1][0], axis.containers[3][0]]
+    axis.legend(handles, ["all 12 attention layers", "6 removed"], fontsize=7, loc="upper right")
 
 
 def speeds(axis) -> None:
