@@ -44,17 +44,17 @@ class AttentionRemoval:
     Example, a loop with `accelerate`:
 
     ```python
-    >>> removal = AttentionRemoval(removal_ratio=0.4)
-    >>> removal.choose(model, images)  # refuses what could not be removed at the end
-    >>> removal.plan(total_steps=len(loader) * num_epochs)
-    >>> accelerator.register_for_checkpointing(removal)
-    >>> for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
-    ...     removal.set_lambda(accelerator.unwrap_model(model), step)
-    ...     accelerator.backward(model(**batch).loss)
-    ...     removal.let_attention_rest(accelerator.unwrap_model(model))
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    >>> removal.finish(accelerator.unwrap_model(model), optimizer)
+    removal = AttentionRemoval(removal_ratio=0.4)
+    removal.choose(model, images)  # refuses what could not be removed at the end
+    removal.plan(total_steps=len(loader) * num_epochs)
+    accelerator.register_for_checkpointing(removal)
+    for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
+        removal.set_lambda(accelerator.unwrap_model(model), step)
+        accelerator.backward(model(**batch).loss)
+        removal.let_attention_rest(accelerator.unwrap_model(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    removal.finish(accelerator.unwrap_model(model), optimizer)
     ```
     """
 
