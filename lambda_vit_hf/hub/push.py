@@ -91,7 +91,8 @@ def push_folder(
     Example:
 
     ```python
-    push_folder("outputs/digits", "me/lambda-vit-digits", dry_run=True).files  # {'config.json': 802, 'model.safetensors': 412040, 'preprocessor_config.json': 455}
+    push_folder("outputs/digits", "me/lambda-vit-digits", dry_run=True).files
+    # {'config.json': 802, 'model.safetensors': 412040, 'preprocessor_config.json': 455}
     ```
     """
     validate_repo_id(repo_id)

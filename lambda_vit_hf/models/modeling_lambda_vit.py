@@ -168,7 +168,7 @@ class LambdaViTBackbone(BackboneMixin, LambdaViTModel):
     from lambda_vit_hf import LambdaViTBackbone
 
     backbone = LambdaViTBackbone.from_pretrained("facebook/deit-base-patch16-224", out_indices=[3, 6, 9, 12])
-    [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]  # [(1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14)]
+    [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]  # four times (1, 768, 14, 14)
     ```
     """
 

@@ -71,7 +71,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     removal = EntropyGuidedRemovalCallback(removal_ratio=0.4)
     trainer = Trainer(model=model, args=args, train_dataset=images, callbacks=[removal])
     trainer.train()
-    trainer.model.config.removed_layers  # [0, 1, 3, 4, 6]
+    trainer.model.config.removed_layers  # such as [0, 1, 3, 4, 6]
     ```
     """
 
