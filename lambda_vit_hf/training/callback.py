@@ -156,6 +156,10 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
                 _forget_best(state)
             removal.set_lambda(model, state.global_step)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        super().on_pre_optimizer_step(args, state, control, model=model)
+        self.removal.drop_unused_gradients(model)
+
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint; the
         # mark is taken back in the next event. Where it would also save one, no metric may be better: but this ends
