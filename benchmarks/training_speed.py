@@ -69,7 +69,7 @@ def measure_training(
     ours_name = "with the callback" + (" and the guard" if with_guard else "")
     base = setup.base_model
     models = {PLAIN: as_transformers_vit(base), ours_name: copy.deepcopy(base)}
-    removal = EntropyGuidedRemovalCallback(layers=list(setup.removed_layers), hold_share=0.5)
+    removal = EntropyGuidedRemovalCallback(removed_layers=list(setup.removed_layers), hold_share=0.5)
     callbacks = {PLAIN: [], ours_name: [removal, *([StopOnNonFiniteGradient()] if with_guard else [])]}
     turns = Turns(models)
     timers, programs = {}, {}

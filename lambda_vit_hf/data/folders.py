@@ -98,12 +98,12 @@ def load_image_dataset(
     else:
         files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
         loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
-    origin = {split: files[split].origin if split in files else split for split in loaded}
+    origin = {split: files[split].origin if split in files else name for split in loaded}
+    if "train" not in loaded and not (needed == "validation" and {"validation", "test"} & set(loaded)):
+        raise ValueError(f"A `train` split is needed, found {list(loaded)} in {name or directory or validation_dir}.")
     if "test" in loaded and "validation" not in loaded:
         loaded["validation"] = loaded.pop("test")
         origin["validation"] = f"{origin['test']}, a test split, as there is no validation split"
-    if needed not in loaded and "train" not in loaded:
-        raise ValueError(f"A `train` split is needed, found {list(origin)} in {name or directory or validation_dir}.")
     loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
     columns = find_columns(next(iter(loaded.values())), image_column, label_column)
     classes = {}
@@ -169,8 +169,10 @@ def _load_table(kind: str, split: str, files: list[str], **options):
     try:
         # Each split alone: read together, all would get the class names of the first, in its order.
         return datasets.load_dataset(kind, data_files={split: [glob.escape(file) for file in files]}, **options)[split]
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"{files[0]} (split {split}) cannot be read: {error.__cause__ or error}") from error
+    except (ValueError, IndexError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(
+            f"{files[0]} (split {split}) cannot be read, or is empty: {error.__cause__ or error}"
+        ) from error
 
 
 def _num_rows(file: str) -> int:

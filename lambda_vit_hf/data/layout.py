@@ -126,6 +126,8 @@ def _scan(path: str, ignored: list[str], above: tuple[str, ...] = ()) -> _Folder
         raise ValueError(f"{path} is a link to a folder that contains it: remove the link.")
     folders, files = [], []
     for entry in sorted(os.scandir(path), key=lambda entry: natural_key(entry.name)):
+        if entry.name.encode("utf-8", "replace").decode() != entry.name:
+            raise ValueError(f"{entry.path!r} has a name that is not UTF-8: rename it.")
         if entry.name.startswith(".") or entry.name.lower() in DEBRIS:
             ignored.append(entry.path)
         elif entry.is_dir():

@@ -14,8 +14,9 @@ def as_transformers_vit(model: LambdaViTForImageClassification) -> ViTForImageCl
     transformers' own ViT with the model's weights, in eval mode, on the CPU.
 
     Raises:
-        ValueError: if attention was removed: transformers' ViT has no such layers.
+        ValueError: if the model is of another family, or attention was removed: transformers' ViT has no such layers.
     """
+    _check_is_vit(model)
     if model.config.removed_layers:
         raise ValueError(
             f"transformers' ViT cannot leave out attention; layers {model.config.removed_layers} have none."
@@ -25,6 +26,11 @@ def as_transformers_vit(model: LambdaViTForImageClassification) -> ViTForImageCl
     weights = {name: value for name, value in model.state_dict().items() if not name.endswith("attention_lambda")}
     vit.load_state_dict(weights)
     return vit.eval()
+
+
+def _check_is_vit(model: nn.Module) -> None:
+    if not isinstance(model, LambdaViTForImageClassification):
+        raise ValueError(f"The references are plain ViTs; {type(model).__name__} is of another family.")
 
 
 _SHAPE = {
@@ -55,10 +61,12 @@ def as_timm_vit(model: LambdaViTForImageClassification) -> nn.Module:
     become [`PrunedTimmBlock`]s. In eval mode; takes `(batch, channels, height, width)`, returns logits.
 
     Raises:
-        ValueError: if the model is folded (the authors' form keeps the doubling), or its activation is not GELU.
+        ValueError: if the model is of another family, or folded (the authors' form keeps the doubling), or its
+            activation is not GELU.
     """
     from timm.models.vision_transformer import VisionTransformer
 
+    _check_is_vit(model)
     config = model.config
     if config.fold_removed or config.hidden_act != "gelu":
         raise ValueError(

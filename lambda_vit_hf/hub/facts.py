@@ -94,7 +94,7 @@ def facts_of_training(
         "base_model": hub_base_model(model.config),
         "folded": model.config.fold_removed,
         "repo_id": args.hub_model_id,
-        "is_classifier": hasattr(model, "classifier"),
+        "is_classifier": model.has_class_head,
     }
     return ModelCardFacts(selection=selection, **{**facts, **known})
 
@@ -134,7 +134,7 @@ def hub_base_model(config) -> str | None:
 
 def model_size(model: LambdaPreTrainedModel) -> dict[str, int]:
     """Parameters, and multiply-accumulates per image."""
-    labels = model.config.num_labels if hasattr(model, "classifier") else 0
+    labels = model.config.num_labels if model.has_class_head else 0
     return {"parameters": count_parameters(model), "macs": count_macs(model.config, labels)}
 
 

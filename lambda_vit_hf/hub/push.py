@@ -144,8 +144,8 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
     config = json.loads(found["config.json"].read_text("utf-8"))
     if "attention_flags" not in config:
         raise ValueError(
-            f"{folder} holds a model of type {config.get('model_type')!r}, not a LambdaViT: `push_folder` checks and"
-            " sends LambdaViTs. Push it with its own `push_to_hub`, or load it with a LambdaViT class and save that."
+            f"{folder} holds a model of type {config.get('model_type')!r}, none of this package: `push_folder` checks"
+            " and sends Lambda models. Push it with its own `push_to_hub`, or save it from a Lambda class first."
         )
     for path in (path for path in paths if path.suffix == ".safetensors"):
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .attention import attend, project
 from .token_merging import TokenFlow, merge_tokens, proportional_attention
 
 
@@ -123,18 +124,18 @@ class RemovableAttention:
             # Without attention tokens do not see each other: the class token is alone by now, or all are there.
             return self.mix_tokens(hidden_states)
         attention, normed = self._part("attention"), self._part("attention_norm")(hidden_states)
-        merged = flow.schedule[index]
-        options = {"only_class_token": True} if flow.class_token_from == index else {}
-        if merged and hasattr(attention, "keys"):
-            options["return_keys"] = True
         mask = proportional_attention(sizes, hidden_states.dtype)
-        branch, _, *keys = attention(normed, attention_mask=mask, **options, **kwargs)
-        hidden_states = hidden_states[:, : branch.shape[1]]
+        if flow.class_token_from == index:
+            branch, _ = attention(normed, attention_mask=mask, only_class_token=True, **kwargs)
+            return self._add(hidden_states[:, :1], self._finish(branch, "attention_scale"), state)
+        merged = flow.schedule[index]
+        if merged and not flow.is_recorded:
+            branch, _, keys = attend(attention, self.block, *project(attention, normed), mask, **kwargs)
+        else:
+            branch, _ = attention(normed, attention_mask=mask, **kwargs)  # as a module, which hooks listen to
         mixed = self._add(hidden_states, self._finish(branch, "attention_scale"), state)
         if merged:
-            keys = (
-                keys[0] if keys else attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            )
+            keys = attend(attention, self.block, *project(attention, normed))[2] if flow.is_recorded else keys
             mixed, flow.sizes[index + 1] = merge_tokens(mixed, sizes, keys, merged)
         return mixed
 
@@ -231,11 +232,6 @@ def note_attention_state(layer: RemovableAttention, value=None) -> None:
     if buffer is not None and not buffer.is_meta:
         value = value if isinstance(value, (int, float)) else buffer.item()
         layer._noted = (buffer, 0 if buffer.is_inference() else buffer._version, _state_at(value))
-
-
-def in_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """`(batch, tokens, heads * head width)` as `(batch, heads, tokens, head width)`."""
-    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def _state_at(value: float) -> str:

@@ -5,9 +5,9 @@ Shapes: `(batch, tokens, hidden)`.
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .blocks import BlockDescription, in_heads
+from .attention import attend, project, scaling_of
+from .blocks import BlockDescription
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -20,14 +20,12 @@ class StackedAttention(nn.Module):
 
     Differences from the attention it is made of: `qkv_proj` in place of `q_proj`, `k_proj` and `v_proj`, though
     `state_dict` and `load_state_dict` go on using these three names; no dropout; on request the answer to the class
-    token's query alone, or the keys.
+    token's query alone (which rotary position embeddings do not allow).
 
     Args:
         attention (`nn.Module`): of transformers, with three projections of one width.
         block ([`BlockDescription`]): of its family.
     """
-
-    keys = True
 
     def __init__(self, attention: nn.Module, block: BlockDescription):
         super().__init__()
@@ -35,11 +33,10 @@ class StackedAttention(nn.Module):
         for name in _HOOKS:
             setattr(self, name, getattr(attention, name))
         self.config, self.head_dim, self.is_causal = attention.config, attention.head_dim, False
-        self.scaling = attention.scaling if hasattr(attention, "scaling") else attention.scale
-        self.block, self.end = block, block.attention_end
+        self.scaling, self.block = scaling_of(attention), block
         with torch.no_grad():
             self.qkv_proj = _stack([getattr(attention, name) for name in _PROJECTIONS])
-        setattr(self, self.end, getattr(attention, self.end))
+        setattr(self, block.attention_end, getattr(attention, block.attention_end))
         self.register_state_dict_post_hook(_split_projections)
         self.register_load_state_dict_pre_hook(_stack_projections)
 
@@ -48,34 +45,23 @@ class StackedAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         only_class_token: bool = False,
-        return_keys: bool = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Output `(batch, tokens, hidden)`, attention probabilities (eager only, else `None`), and on request the keys
-        `(batch, heads, tokens, head width)`. With `only_class_token` every token is a key, but the class token is the
-        only query: `(batch, 1, hidden)`.
+        Output `(batch, tokens, hidden)` and attention probabilities (eager only, else `None`). With
+        `only_class_token` every token is a key, but the class token is the only query: `(batch, 1, hidden)`.
         """
-        query, key, value = (
-            in_heads(states, self.head_dim)
-            for states in self._project(hidden_states, only_class_token and self.block.rotate is None)
-        )
-        if self.block.rotate is not None:
-            query, key = self.block.rotate(query, key, *position_embeddings)
-            query = query[:, :, :1] if only_class_token else query
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.block.eager_attention)
-        output, probabilities = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        output = getattr(self, self.end)(output.flatten(2))
-        return (output, probabilities, key) if return_keys else (output, probabilities)
+        if only_class_token:
+            projections = self._project_for_class_token(hidden_states)
+        else:
+            projections = project(self, hidden_states)
+        return attend(self, self.block, *projections, attention_mask, **kwargs)[:2]
 
-    def _project(self, hidden_states: torch.Tensor, only_class_token: bool) -> tuple[torch.Tensor, ...]:
-        """Query (of the class token alone, if asked for), key and value: each `(batch, tokens, hidden)`."""
-        if not only_class_token or type(self.qkv_proj) is not nn.Linear:  # quantised: has no weight to cut
-            query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
-            return query[:, :1] if only_class_token else query, key, value
+    def _project_for_class_token(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query of the class token `(batch, 1, hidden)`, key and value of all tokens."""
+        if type(self.qkv_proj) is not nn.Linear:  # quantised: has no weight to cut
+            query, key, value = project(self, hidden_states)
+            return query[:, :1], key, value
         width = self.qkv_proj.out_features // 3
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         query_bias, other_bias = (None, None) if bias is None else (bias[:width], bias[width:])

@@ -140,7 +140,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
             self._check_merging(attention_mask)
         if any(schedule) or only_class_token:
             last = self.config.kept_layers[-1] if only_class_token else None
-            kwargs["token_flow"] = TokenFlow(schedule, last)
+            kwargs["token_flow"] = TokenFlow(schedule, recorded, last)
         outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
         if outputs.hidden_states is not None and self.config.fold_removed:
             pairs = zip(outputs.hidden_states, self.stream_scales(), strict=True)

@@ -37,12 +37,14 @@ class TokenFlow:
 
     Args:
         schedule (`list[int]`): tokens to merge in each block.
+        is_recorded (`bool`, *optional*, defaults to `False`): whether hidden states or attentions are asked for.
         class_token_from (`int`, *optional*): block from whose attention on only the class token is computed.
         sizes (`dict[int, torch.Tensor]`): patches that each token stands for, `(batch, tokens, 1)`, before each block;
             `None` while nothing has merged. Kept for every block: gradient checkpointing computes some a second time.
     """
 
     schedule: list[int]
+    is_recorded: bool = False
     class_token_from: int | None = None
     sizes: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
@@ -99,7 +101,8 @@ def proportional_attention(sizes: torch.Tensor | None, dtype: torch.dtype) -> to
 def _match(keys: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices `(batch, n)`: of A, the tokens that merge and those left; of B, the partner of each that merges."""
     # Autocast would round the cosines to 8 bits, where near ties decide.
-    with torch.autocast(keys.device.type, enabled=False):
+    device_type = "cpu" if keys.is_meta else keys.device.type
+    with torch.autocast(device_type, enabled=False):
         directions = torch.nn.functional.normalize(keys.float().mean(dim=1), dim=-1)
         similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
     best, partner = similarity.max(dim=-1)

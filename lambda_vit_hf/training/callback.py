@@ -158,7 +158,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         super().on_pre_optimizer_step(args, state, control, model=model)
-        self.removal.drop_unused_gradients(model)
+        self.removal.let_attention_rest(model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         # The Trainer compares this evaluation with the best one right after this event, and marks a checkpoint; the

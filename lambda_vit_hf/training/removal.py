@@ -51,7 +51,7 @@ class AttentionRemoval:
     >>> for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
     ...     removal.set_lambda(accelerator.unwrap_model(model), step)
     ...     accelerator.backward(model(**batch).loss)
-    ...     removal.drop_unused_gradients(accelerator.unwrap_model(model))
+    ...     removal.let_attention_rest(accelerator.unwrap_model(model))
     ...     optimizer.step()
     ...     optimizer.zero_grad()
     >>> removal.finish(accelerator.unwrap_model(model), optimizer)
@@ -146,9 +146,11 @@ class AttentionRemoval:
             model.set_attention_lambda(value, self.selection.layers)
             self._lambda = value
 
-    def drop_unused_gradients(self, model: LambdaPreTrainedModel) -> None:
-        """Before the optimizer steps, in several processes: attention that is off must rest."""
-        # DistributedDataParallel makes zeros of no gradient, and weight decay and momentum would act on them.
+    def let_attention_rest(self, model: LambdaPreTrainedModel) -> None:
+        """
+        Before an optimizer's step, in a model that is wrapped in DistributedDataParallel: it makes zeros of no
+        gradient, and weight decay and momentum would act on attention that is off.
+        """
         for layer in model.encoder_layers:
             if layer.attention_state == "off":
                 for parameter in layer.attention_parameters():

@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from ..data.augmentation import output_size, with_evaluation_crop
 from ..models.configuration_lambda_vit import LambdaViTConfig
+from ..models.families import AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .arguments import ModelArguments
 from .output_folder import OutputFolder
@@ -68,8 +69,12 @@ def load_starting_model(
     else:
         if overwrite:
             _check_it_stays(Path(source), folder)
-        _check_shape(source, shape)
-        model, is_new = _load(source, model_args.ignore_mismatched_sizes, labels, given)
+        stored = AutoLambdaModelForImageClassification.class_for(source).config_class.from_pretrained(source)
+        _check_shape(source, stored, shape)
+        unknown = [name for name in given if name.startswith("drop_path") and not hasattr(stored, name)]
+        if unknown:
+            raise ValueError(f"{type(stored).__name__} has no {' and '.join(unknown)}: leave that out.")
+        model, is_new = _load(source, stored, model_args.ignore_mismatched_sizes, labels, given)
         processor = _load_processor(source, model_args.image_size)
     return model, processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop), is_new
 
@@ -80,9 +85,9 @@ def _check_it_stays(source: Path, folder: OutputFolder) -> None:
         raise ValueError(f"--overwrite_output_dir would delete {source}, the model to start from.")
 
 
-def _check_shape(source: str, shape: dict) -> None:
-    stored = LambdaViTConfig.from_pretrained(source)
-    other = {name: (getattr(stored, name), value) for name, value in shape.items() if getattr(stored, name) != value}
+def _check_shape(source: str, stored, shape: dict) -> None:
+    found = {name: getattr(stored, name, None) for name in shape}
+    other = {name: (found[name], value) for name, value in shape.items() if found[name] != value}
     other.pop("initializer_range", None)  # of weights that are loaded
     if other:
         raise ValueError(
@@ -91,15 +96,14 @@ def _check_shape(source: str, shape: dict) -> None:
         )
 
 
-def _load(source: str, ignore_mismatched_sizes: bool, labels: dict, given: dict):
-    stored = LambdaViTConfig.from_pretrained(source)
-    model, info = LambdaViTForImageClassification.from_pretrained(
+def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, given: dict):
+    model, info = AutoLambdaModelForImageClassification.from_pretrained(
         source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **given
     )
-    if any(key.startswith("classifier.") for key in info["missing_keys"]):
+    if any("classifier." in key for key in info["missing_keys"]):
         logger.warning("%s has no classifier: a new one is trained first.", source)
         return model, True
-    if any(key.startswith("classifier.") for key, *_ in info["mismatched_keys"]):
+    if any("classifier." in key for key, *_ in info["mismatched_keys"]):
         if not ignore_mismatched_sizes:
             raise ValueError(
                 f"{source} has {stored.num_labels} classes, the dataset has {len(labels['id2label'])}. Pass"

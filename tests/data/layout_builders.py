@@ -4,6 +4,7 @@ import colorsys
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp"
 
 def colour(name: str) -> tuple[int, int, int]:
     """Of the images of a class."""
-    return tuple(int(255 * part) for part in colorsys.hsv_to_rgb(zlib.crc32(str(name).encode()) % 997 / 997, 1, 1))
+    return tuple(int(255 * part) for part in colorsys.hsv_to_rgb(zlib.crc32(os.fsencode(str(name))) % 997 / 997, 1, 1))
 
 
 def encoded(name: str, suffix: str = ".png") -> bytes:

@@ -67,7 +67,7 @@ LAYOUTS = {
         tree(*PAIR, "test/0.png"), two(5), two(2), ignored=("Ignored: test$",)
     ),
     "train alone": Layout(tree("train/cat:10", "train/dog:10"), two(8), two(2)),
-    "test alone": Layout(tree("test/cat:2", "test/dog:2"), refused="`train` split is needed, found .'test'"),
+    "test alone": Layout(tree("test/cat:2", "test/dog:2"), refused="`train` split is needed, found .'test'. in"),
     "train, holdout": Layout(tree("train/cat:5", "train/dog:5", "holdout/cat:5"), refused="holdout looks like no"),
     "train, training": Layout(tree(*PAIR, "training/cat:1", "training/dog:1"), refused="train.*training"),
     "val, dev": Layout(tree(*PAIR, "dev/cat:1", "dev/dog:1"), refused="dev.*validation"),
@@ -142,6 +142,7 @@ LAYOUTS = {
         {"Köter 犬": 5, "cat #1 50%": 5}, {"Köter 犬": 1, "cat #1 50%": 1},
         options={"directory": "{folder}/[a] *b? {c}"},
     ),
+    "a name that is not UTF-8": Layout(tree("cat:5", "dog\udcff:5"), refused="not UTF-8"),
     "links to folders": Layout(
         tree("store/a:5", "store/b:5", "train/a -> store/a", "train/b -> store/b"), {"a": 4, "b": 4}, {"a": 1, "b": 1},
         options={"directory": "{folder}/train"},
@@ -223,7 +224,10 @@ LAYOUTS = {
         all_of(tree("cat:2", "dog:2"), tree("metadata.csv")), refused="metadata.csv and .*cat"
     ),
     "metadata.csv without file_name": Layout(
-        described(".", columns=("file", "label")), refused="metadata.csv.*cannot be read.*file_name"
+        described(".", columns=("file", "label")), refused="metadata.csv.*cannot be read, .*file_name"
+    ),
+    "metadata.csv without rows": Layout(
+        described(".", left_out=[f"{n}.png" for n in range(10)]), refused="metadata.csv.*is empty"
     ),
     "metadata.csv names a file that is not there": Layout(
         described(".", extra=("77.png",)), refused="metadata.csv names images that do not exist.*77.png"

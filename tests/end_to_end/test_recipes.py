@@ -55,6 +55,13 @@ def test_a_recipe_is_complete_and_its_header_has_the_command(recipe):
     assert "easured" in header or recipe.stem == "digits"
 
 
+def test_the_recipe_for_checkpoints_leaves_them_their_shape():
+    fields = yaml.safe_load(BASE.with_name("finetune.yaml").read_text())
+    shape = {"image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "intermediate_size", "evaluation_crop", "model_name_or_path", "dataset_name"}  # fmt: skip
+    assert shape & set(fields) == set()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_each_of_its_config_files(config):
     loaded = load_config_from_file(str(config))

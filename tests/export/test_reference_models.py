@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lambda_vit_hf import LambdaDinov2Config, LambdaDinov2ForImageClassification
 from lambda_vit_hf.export.reference_models import PrunedTimmBlock, as_timm_vit, as_transformers_vit
 from tests.conftest import REMOVED
 
@@ -33,6 +34,13 @@ def test_a_copy_does_not_share_weights(model, pixel_values):
             for parameter in copied.parameters():
                 parameter.zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("convert", [as_transformers_vit, as_timm_vit])
+def test_a_model_of_another_family_is_refused(convert):
+    config = LambdaDinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    with pytest.raises(ValueError, match="LambdaDinov2ForImageClassification is of another family"):
+        convert(LambdaDinov2ForImageClassification(config))
 
 
 def test_forms_that_cannot_express_the_model_are_refused(removed):

@@ -156,6 +156,17 @@ def test_the_names_of_before_still_work(recipe, text, argv, expected):
     assert (arguments.num_removed_layers, arguments.removed_layers) == expected
 
 
+def test_folders_of_the_splits_replace_the_recipes_dataset_but_not_each_other(recipe):
+    (data,) = parse_arguments([recipe("dataset_name: digits\n"), "--train_dir", "a", "--validation_dir", "b"],
+                              [DataArguments])  # fmt: skip
+    assert (data.dataset_name, data.train_dir, data.validation_dir) == (None, "a", "b")
+    split = recipe("train_dir: a\nvalidation_dir: b\n")
+    (data,) = parse_arguments([split, "--validation_dir", "c"], [DataArguments])
+    assert (data.train_dir, data.validation_dir) == ("a", "c")
+    (data,) = parse_arguments([split, "--dataset_name", "digits"], [DataArguments])
+    assert (data.dataset_name, data.train_dir, data.validation_dir) == ("digits", None, None)
+
+
 def test_an_unknown_field_of_a_recipe_is_named(recipe):
     with pytest.raises(ValueError, match=r"num_layer'.*ratoi"):
         removal(recipe("num_layer: 3\nratoi: 0.4\nstrategy: nose\n"))

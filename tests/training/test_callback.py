@@ -76,7 +76,6 @@ def test_layers_are_selected_by_entropy_before_the_first_step(model, tmp_path):
     callback = EntropyGuidedRemovalCallback(num_removed_layers=3, calibration_dataset=Blobs(), calibration_size=20)
     make_trainer(model, tmp_path, [callback]).train()
     from lambda_vit_hf import select_attention_layers
-    from lambda_vit_hf.data.sampling import evenly_spaced
 
     images = torch.stack([Blobs()[index]["pixel_values"] for index in evenly_spaced(48, 20)])
     assert callback.selection.order == select_attention_layers(before, images, num_removed_layers=3).order

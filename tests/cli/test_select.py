@@ -1,25 +1,14 @@
-"""`lambda-vit select` and the comparison of selections: what they print and leave behind."""
+"""`lambda-vit select`: what it prints and leaves behind, on one process and several."""
 
-import importlib.util
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf.cli import select
 from lambda_vit_hf.selection.select import AttentionSelection
 from tests.conftest import in_two_processes
-
-
-SCRIPTS = Path(__file__).parents[2] / "trainer_scripts"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -52,6 +41,17 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
     for name in pictures:
         PIL.Image.open(tmp_path / "out" / name).verify()
+
+
+def test_layers_of_a_backbone_without_head_are_selected_by_its_class_token(tmp_path, capsys, caplog):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
+    select.main([str(tmp_path / "dino"), "--dataset_name", "digits", "--removal_ratio", "0.34",
+                 "--calibration_size", "20", "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
+    assert (len(selection.layers), selection.output, selection.num_images) == (1, "class_token", 20)
+    assert "head is newly initialized" in caplog.text
 
 
 def test_the_options_of_before_still_work(digits_vit):
