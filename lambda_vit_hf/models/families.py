@@ -6,6 +6,7 @@ This file does not travel with saved models: it knows all families.
 from importlib import import_module
 
 from transformers import (
+    CONFIG_MAPPING,
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
@@ -73,7 +74,7 @@ def register_auto_classes() -> None:
         for kind, auto_class in entries.items():
             if hasattr(modeling, beginning + kind):
                 auto_class.register(config, getattr(modeling, beginning + kind), exist_ok=True)
-        source = type(AutoConfig.for_model(config.source_model_types[-1]))
+        source = CONFIG_MAPPING[config.source_model_types[-1]]
         if source in IMAGE_PROCESSOR_MAPPING:  # else the checkpoint's own preprocessor_config.json names the class
             processors = IMAGE_PROCESSOR_MAPPING[source]
             AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)

@@ -109,7 +109,6 @@ def _divided_branch(where: str, scale: nn.Module | None, end: nn.Module, divisor
 
 
 def _is_exact(parameter: torch.Tensor, divisor: float) -> bool:
-    # Without values, as in a rehearsal of the removal, nothing can be rounded.
     return parameter.is_meta or torch.equal((parameter / divisor) * divisor, parameter)
 
 

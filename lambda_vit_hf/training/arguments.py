@@ -249,6 +249,8 @@ def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> No
             values = {name: value for name, value in values.items() if name not in group}
     if "model_name_or_path" in given:
         of_another = [name for name in _SHAPE if name in values and name not in given]
+        if of_another == ["image_size"]:  # the recipe has no model of its own: it means the checkpoint
+            of_another = []
         values = {name: value for name, value in values.items() if name not in of_another}
         if of_another:
             logger.warning(
