@@ -227,7 +227,7 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
         unknown = sorted(set(values) - {field.name for kind in argument_types for field in dataclasses.fields(kind)})
         if unknown:
             raise ValueError(f"The recipe {recipe} sets unknown fields: {unknown}. `--help` lists the known ones.")
-        _set_defaults(parser, values, _given_fields(argv, argument_types))
+        _set_defaults(parser, values, _given_fields(argv, argument_types, parser_options))
     for name in _RENAMED.keys() & set(used):
         message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
         warnings.warn(message, FutureWarning, stacklevel=2)
@@ -265,9 +265,9 @@ def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> No
                            for name, value in values.items()})  # fmt: skip
 
 
-def _given_fields(argv: Sequence[str], argument_types: Sequence[type]) -> set[str]:
+def _given_fields(argv: Sequence[str], argument_types: Sequence[type], parser_options: dict) -> set[str]:
     """Fields that a command line sets, however it spells them."""
-    parser = _new_parser(argument_types)
+    parser = _new_parser(argument_types, **parser_options)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return set(vars(parser.parse_known_args(argv)[0]))

@@ -467,7 +467,7 @@ shape = dict(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, n
 transformers.ViTForImageClassification(transformers.ViTConfig(**shape)).save_pretrained(folder)
 """
     client.run(code, folder=str(tmp_path / "vit"))
-    assert "a model of type 'vit', not a LambdaViT" in push_fails(client, tmp_path / "vit", "ValueError")
+    assert "holds a model of type 'vit', none of this package" in push_fails(client, tmp_path / "vit", "ValueError")
     assert hub.requests == []
 
 
