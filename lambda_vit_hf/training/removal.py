@@ -1,4 +1,4 @@
-"""Removal of attention layers in training, for any training loop: choose, let fade, remove and fold.
+"""Removal of attention layers in training, for any training loop: choose, dilute, remove and fold.
 
 [`EntropyGuidedRemovalCallback`] does the same inside the Hugging Face Trainer.
 Source: Lin et al., CVPR 2024, section 3.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 class AttentionRemoval:
     """
-    Which attention layers a training removes, and the way there.
+    Chooses the attention layers that a training removes, fades them out, removes and folds them.
 
     Args:
         removal_ratio (`float`, *optional*): fraction of the attention layers to remove, in [0, 1]; or
