@@ -6,10 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import PIL.Image
 import pytest
+from transformers import TrainingArguments, ViTImageProcessor
 
 import lambda_vit_cli
 from lambda_vit_hf.training.recipes import known_recipes
+from tests.small_training import Blobs
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,17 @@ def test_python_code_compiles_and_imports_public_names(document):
                 module = importlib.import_module(node.module)
                 missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
                 assert not missing, f"{node.module} has no {missing}"
+
+
+def test_the_readmes_code_runs(vit_folder, tmp_path, monkeypatch):
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(vit_folder)
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments(output_dir="run", max_steps=8, save_strategy="no", report_to="none", disable_tqdm=True)
+    names = {"args": args, "images": Blobs()}
+    for block in code_blocks(README, "python"):
+        exec(block.replace("facebook/deit-base-patch16-224", str(vit_folder)), names)
+    assert len(names["model"].config.removed_layers) == 2
+    assert len(names["classifier"](PIL.Image.new("RGB", (16, 16)))) == 5
 
 
 def test_the_readme_names_every_command():
