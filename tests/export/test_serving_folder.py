@@ -86,9 +86,16 @@ def odd_pictures() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", odd_pictures())
 def test_the_served_copy_decodes_to_the_same_pixels(name):
     content = odd_pictures()[name]
-    expected = decoding.decode_image(content)
-    found = onnx_serving.upright_rgb(PIL.Image.open(io.BytesIO(content), formats=onnx_serving.FORMATS))
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = {
+        "resize": None,
+        "center_crop": None,
+        "rescale_factor": 1,
+        "mean": [0] * 3,
+        "std": [1] * 3,
+    }
+    found = classifier.preprocess(PIL.Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(found.transpose(1, 2, 0), np.asarray(decoding.decode_image(content)))
 
 
 def test_the_served_copy_of_the_decoding_is_a_copy():
