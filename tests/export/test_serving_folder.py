@@ -73,7 +73,10 @@ def odd_pictures() -> dict[str, bytes]:
         exif = PIL.Image.Exif()
         exif[0x0112] = orientation
         images[f"EXIF {orientation}"] = (rgb, "PNG", {"exif": exif})
-        images[f"EXIF {orientation}, damaged"] = (rgb, "JPEG", {"exif": exif.tobytes()[:-5] + b"\xff" * 3})
+        # A text where a number belongs: it can be read, but not be written anew.
+        exif[0x010F], exif[0x011A] = "maker", 72.0
+        damaged = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x1a\x00\x02")
+        images[f"EXIF {orientation}, damaged"] = (rgb, "JPEG", {"exif": damaged})
     for number, exif in enumerate([b"Exif\0\0rubbish", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0"]):
         images[f"rubbish {number}"] = (rgb, "JPEG", {"exif": exif})
     files = {name: io.BytesIO() for name in images}
