@@ -8,7 +8,7 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.decoding import decode_image
+from ..data.decoding import decode_image, undecoded
 from ..data.sampling import balanced_folds, fixed_randomness
 
 
@@ -52,6 +52,7 @@ class CalibrationBatches:
             raise TypeError(f"Expected many images, got one batch with {sorted(images)}: put it in a list.")
         if isinstance(images, torch.Tensor) and images.ndim != 4:
             raise TypeError(f"Expected a batch of images in 4 dimensions, got shape {tuple(images.shape)}.")
+        images = undecoded(images)
         self.images, self.batch_size, self.image_processor = images, batch_size, image_processor
         self.num_folds = num_folds
         self.has_positions = (
@@ -124,7 +125,7 @@ class CalibrationBatches:
         if isinstance(item, torch.Tensor):
             return item
         picture = item.get("image") if isinstance(item, Mapping) and "pixel_values" not in item else item
-        if isinstance(picture, PIL.Image.Image):
+        if isinstance(picture, PIL.Image.Image) or (isinstance(picture, Mapping) and "bytes" in picture):
             if self.image_processor is None:
                 raise TypeError("Calibration images are pictures: pass the model's `image_processor` too.")
             return self.image_processor(decode_image(picture), return_tensors="pt")["pixel_values"][0]
