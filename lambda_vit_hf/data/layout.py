@@ -20,7 +20,7 @@ UNREAD_SUFFIXES = {*PIL.Image.EXTENSION, ".heic", ".heif", ".jxl", ".svg", ".npy
                    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"} - IMAGE_SUFFIXES  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 DEBRIS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
-          "desktop.ini", *(name.lower() for name in FILES_TO_IGNORE)}  # fmt: skip
+          "desktop.ini", "icon\r", *(name.lower() for name in FILES_TO_IGNORE)}  # fmt: skip
 _WORDS = re.compile(f"[{NON_WORDS_CHARS}/]+")
 
 
@@ -145,14 +145,18 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def _words(name: str) -> set[str]:
+    return set(_WORDS.split(re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("t10k", "test")).casefold()))
+
+
 def exact_split(name: str) -> str | None:
-    """The split that a whole name stands for, whatever its case: `Training`, `val2017`, `test-1`."""
-    return SPLITS.get(name.casefold().strip("-._ 0123456789"))
+    """The split that a whole name stands for, whatever its case: `Training`, `val2017`, `test_images`."""
+    words = _words(name) - {"", "set", "data", "dataset", "images", "imgs", "pictures", "photos"}
+    return SPLITS.get(words.pop()) if len(words) == 1 else None
 
 
 def _splits_in(name: str) -> set[str]:
-    words = _WORDS.split(name.casefold().replace("t10k", "test"))
-    return {SPLITS[word] for word in words if word in SPLITS}
+    return {SPLITS[word] for word in _words(name) if word in SPLITS}
 
 
 def _split_folders(root: _Folder) -> dict[str, _Folder]:
