@@ -34,7 +34,7 @@ class SplitFiles:
         path: the folder that was understood as this split.
         files: of images; or the parquet, metadata or IDX files.
         labels: of class folders: the class of each file.
-        classes: of class folders: in natural order.
+        classes: of class folders: in the order of `datasets` and torchvision (1, 10, 2).
         images: of a metadata file: the image files found beside it.
     """
 
@@ -49,11 +49,6 @@ class SplitFiles:
     def origin(self) -> str:
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return self.path if self.kind == "class folders" else f"{self.files[0]}{more}"
-
-
-def natural_key(name: str) -> tuple[list, str]:
-    """Sorts 10 after 9, as timm sorts classes."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[str, SplitFiles], list[str]]:
@@ -125,7 +120,7 @@ def _scan(path: str, ignored: list[str], above: tuple[str, ...] = ()) -> _Folder
     if real in above:
         raise ValueError(f"{path} is a link to a folder that contains it: remove the link.")
     folders, files = [], []
-    for entry in sorted(os.scandir(path), key=lambda entry: natural_key(entry.name)):
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if entry.name.encode("utf-8", "replace").decode() != entry.name:
             raise ValueError(f"{entry.path!r} has a name that is not UTF-8: rename it.")
         if entry.name.startswith(".") or entry.name.lower() in DEBRIS:
