@@ -116,7 +116,7 @@ LAYOUTS = {
     "an empty class in train": Layout(tree(*PAIR, "train/cow/"), refused="cow holds no image"),
     "a class without images": Layout(tree("cat:5", "dog:5", "notes/a.txt"), refused="notes holds no image"),
     "class folders 1, 2, 10": Layout(
-        tree("10:5", "1:5", "2:5"), {"1": 4, "2": 4, "10": 4}, {"1": 1, "2": 1, "10": 1}
+        tree("10:5", "1:5", "2:5"), {"1": 4, "10": 4, "2": 4}, {"1": 1, "10": 1, "2": 1}
     ),
     "folders in class folders": Layout(tree("cat:5", "dog/small:5"), refused="dog/small.*first level"),
     "images without class folders": Layout(tree("a.png", "b.png"), refused="a.png .and 1 more. has no place"),
