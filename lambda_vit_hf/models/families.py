@@ -128,9 +128,9 @@ class AutoLambdaModel(_AutoLambdaModel):
     Example:
 
     ```python
-    >>> from lambda_vit_hf import AutoLambdaModel
+    from lambda_vit_hf import AutoLambdaModel
 
-    >>> model = AutoLambdaModel.from_pretrained("facebook/dinov2-small")  # a LambdaDinov2Model
+    model = AutoLambdaModel.from_pretrained("facebook/dinov2-small")  # a LambdaDinov2Model
     ```
     """
 
@@ -144,9 +144,9 @@ class AutoLambdaModelForImageClassification(_AutoLambdaModel):
     Example:
 
     ```python
-    >>> from lambda_vit_hf import AutoLambdaModelForImageClassification
+    from lambda_vit_hf import AutoLambdaModelForImageClassification
 
-    >>> model = AutoLambdaModelForImageClassification.from_pretrained("facebook/dinov2-small", num_labels=10)
+    model = AutoLambdaModelForImageClassification.from_pretrained("facebook/dinov2-small", num_labels=10)
     ```
     """
 

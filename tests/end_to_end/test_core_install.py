@@ -1,4 +1,4 @@
-"""A served model needs the core only: nothing of the `train` extra may be imported on the way."""
+"""A served model needs the core only: nothing of the `train` extra may be imported for it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The main job, as a user runs it: the same program, a smaller model and fewer epochs."""
+"""The training program, as a user runs it: the same program, a smaller model and fewer epochs."""
 
 import json
 import os
