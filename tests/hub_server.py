@@ -31,6 +31,7 @@ class Fault:
     times: int = 1
     cut: bool = False  # drop the connection when half of the request's body has been read
     after_commit: bool = False  # do the work, then drop the connection instead of answering
+    empty: bool = False  # do the work, then answer without a body
 
 
 TOKEN = "hf_test0123456789abcdefghijklmnopqrst"
@@ -159,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.after_commit:
             return self._drop()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = b"" if fault and fault.empty else data
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)

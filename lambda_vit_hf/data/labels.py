@@ -1,12 +1,16 @@
 """Columns of a dataset: which is the image, which the label, and what the classes are called."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 
 import datasets
 import pyarrow.dataset
 
-from .layout import natural_key
+
+def natural_key(name: str) -> tuple[list, str]:
+    """Sorts 10 after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def find_columns(

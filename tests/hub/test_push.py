@@ -336,6 +336,7 @@ def test_a_refused_commit_is_reported_once_and_not_tried_again(client, hub, fold
         {"status": 504},
         {"cut": True},
         {"after_commit": True},
+        {"empty": True},
     ],
     ids=[
         "409 conflict",
@@ -347,10 +348,11 @@ def test_a_refused_commit_is_reported_once_and_not_tried_again(client, hub, fold
         "504",
         "connection cut",
         "connection dropped after the commit",
+        "an answer without a body",
     ],
 )
 def test_a_passing_fault_of_the_commit_ends_in_exactly_one_commit(client, hub, folder, fault):
-    hub.faults.append(Fault("POST", "/commit/", times=1 if "after_commit" in fault else 2, **fault))
+    hub.faults.append(Fault("POST", "/commit/", times=1 if {"after_commit", "empty"} & set(fault) else 2, **fault))
     result = push(client, folder)
     assert hub.faults[0].times == 0
     assert len(commits(hub)) == 1
