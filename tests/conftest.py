@@ -46,6 +46,12 @@ TINY = dict(
 REMOVED = [0, 2, 5]
 
 
+def checkpoint_activations(model: torch.nn.Module, **options) -> None:
+    """Activation checkpointing, by the name that this version of transformers has for it (since 5.23 the first)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.nn.Module:
     """Moves every parameter, so that biases and LayerNorms count too: at their initial 0 and 1 an error would hide."""
     generator = torch.Generator().manual_seed(seed)
