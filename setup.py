@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 
 CORE = [
-    "torch>=2.11",
+    "torch>=2.12",
     "torchvision",
     "transformers>=5.18,<6",
     "safetensors>=0.5",
