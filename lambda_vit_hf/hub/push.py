@@ -17,6 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..models.checksums import check_checksums
+
 
 class PushError(OSError):
     """A push that did not succeed: what happened, and the call to go on with. The folder on disk is as it was."""
@@ -86,6 +88,7 @@ def push_folder(
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
             infinite, or do not fit the config; if a lambda is not 1 (see `force`). Nothing was sent then.
+        OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
 
     Example:
@@ -135,6 +138,7 @@ def is_for_the_hub(name: str) -> bool:
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
     """The files of a model's folder that are for others, after a look at every weight. Raises as [`push_folder`]."""
     folder, diluted, kept = Path(folder), {}, set()
+    check_checksums(folder, is_complete=False)
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
     paths = [path for name, path in found.items() if is_for_the_hub(name)]
     shards = json.loads(found[_INDEX].read_text("utf-8"))["weight_map"] if _INDEX in found else {}

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lambda_vit_hf.models.checksums import write_checksums
 from lambda_vit_hf.training.checkpoints import find_resumable_checkpoint, what_is_broken
 
 
@@ -135,3 +137,38 @@ def test_a_missing_shard_is_noticed(checkpoint):
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     assert "model-00002-of-00002.safetensors" in what_is_broken(checkpoint)
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def record_in(path: Path, suffix: str) -> int:
+    """Where the bytes of a record of an archive of torch begin."""
+    with zipfile.ZipFile(path) as archive:
+        record = next(info for info in archive.infolist() if info.filename.endswith(suffix))
+        with archive.open(record) as content:
+            return path.read_bytes().index(content.read(8), record.header_offset + 30)
+
+
+def test_a_flipped_bit_in_moments_of_the_optimizer_is_noticed_without_checksums(checkpoint):
+    flip_a_bit(checkpoint / "optimizer.pt", record_in(checkpoint / "optimizer.pt", "data/0"))
+    torch.load(checkpoint / "optimizer.pt")  # which does not notice
+    assert what_is_broken(checkpoint).startswith("optimizer.pt is damaged: the checksum of")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_noticed_by_the_checksums(checkpoint, name):
+    write_checksums(checkpoint)
+    flip_a_bit(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+    assert name in (what_is_broken(checkpoint) or "nothing")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_file_is_named(tmp_path, caplog):
+    for step in (5, 10):
+        write_checksums(write_checkpoint(tmp_path / f"checkpoint-{step}"))
+    flip_a_bit(tmp_path / "checkpoint-10" / "model.safetensors", -9)
+    assert find_resumable_checkpoint(tmp_path).name == "checkpoint-5"
+    assert "checkpoint-10" in caplog.text and "model.safetensors" in caplog.text
