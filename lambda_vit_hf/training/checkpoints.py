@@ -19,6 +19,8 @@ from ..models.weight_files import damage_of_archive
 logger = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"  # of EmaCallback, beside the weights
+# What resuming reads, besides the model.
+RESUMED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 

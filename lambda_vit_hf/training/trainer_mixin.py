@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
@@ -11,11 +12,11 @@ from transformers import AutoConfig, Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..hub.push import PUSHED_FILES, is_for_the_hub
+from ..hub.push import PUSHED_FILES, is_for_the_hub, upload_files
 from ..models.checksums import check_checksums, remove_checksums, write_checksums
 from ..models.finite import check_finite
 from .callback import EntropyGuidedRemovalCallback
-from .checkpoints import find_resumable_checkpoint
+from .checkpoints import RESUMED_FILES, find_resumable_checkpoint
 from .ema import EmaCallback
 
 
@@ -159,13 +160,14 @@ class LambdaViTTrainerMixin:
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = Path(checkpoint_folder).name
             jobs.append(
-                HfApi().upload_folder(
-                    repo_id=self.hub_model_id,
-                    folder_path=checkpoint_folder,
+                HfApi().run_as_future(
+                    upload_files,
+                    checkpoint_folder,
+                    self.hub_model_id,
+                    (*PUSHED_FILES, *RESUMED_FILES),
                     path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else name,
                     commit_message=f"{message}, checkpoint",
                     token=args.hub_token,
-                    run_as_future=True,
                     revision=args.hub_revision,
                 )
             )
@@ -181,16 +183,16 @@ class LambdaViTTrainerMixin:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
 
     def _upload(self, message: str | None, token: str | None, revision: str | None, run_as_future: bool):
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            allow_patterns=list(PUSHED_FILES),
-            ignore_patterns=["*/*"],  # a pattern without a slash matches in folders too
+        upload = partial(
+            upload_files,
+            self.args.output_dir,
+            self.hub_model_id,
+            PUSHED_FILES,
             commit_message=message,
             token=token,
-            run_as_future=run_as_future,
             revision=revision or self.args.hub_revision,
         )
+        return HfApi().run_as_future(upload) if run_as_future else upload()
 
     def _removal(self) -> EntropyGuidedRemovalCallback | None:
         callbacks = self.callback_handler.callbacks
