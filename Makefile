@@ -6,7 +6,7 @@ CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
 TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark test test-fast style quality clean
+.PHONY: help demo benchmark test test-fast style quality docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,8 +33,11 @@ quality: $(VENV)/.test  ## Check format, lint, the order of imports between pack
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## Build docs/ and the API reference into site/, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## Remove the environment and all outputs
-	rm -rf $(VENV) outputs *.egg-info
+	rm -rf $(VENV) outputs site *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,3 +50,7 @@ $(VENV)/.train: setup.py | $(BIN)/python
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.train
+
+$(VENV)/.docs: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@

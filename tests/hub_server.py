@@ -32,7 +32,7 @@ class Fault:
     times: int = 1
     cut: bool = False  # drop the connection when half of the request's body has been read
     after_commit: bool = False  # do the work, then drop the connection instead of answering
-    empty: bool = False  # do the work, then answer 200 without a body
+    empty: bool = False  # do the work, then answer without a body
     hang: float = 0.0  # seconds without a sign of life
 
 
@@ -164,9 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, body, headers = error.answer
         if fault and fault.after_commit:
             return self._drop()
-        if fault and fault.empty:
-            status, body, headers = 200, b"", {}
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = b"" if fault and fault.empty else data
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)

@@ -66,3 +66,4 @@ def test_without_the_extra_the_callback_says_which_one_it_needs():
     result = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pip install 'lambda-vit-hf[train]'" in result.stdout
+    assert result.stderr == "", "importing says something"

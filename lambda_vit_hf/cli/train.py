@@ -22,11 +22,13 @@ from ..training.recipes import known_recipes
 from .runner import run_program
 
 
+USAGE = "lambda-vit train RECIPE [--FIELD VALUE ...]"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
-        print(f"usage: lambda-vit train RECIPE [--FIELD VALUE ...]\nrecipes: {', '.join(known_recipes())}",
-              file=sys.stderr)  # fmt: skip
+        print(f"usage: {USAGE}\nrecipes: {', '.join(known_recipes())}", file=sys.stderr)
         raise SystemExit(2)
 
     from ..training.arguments import PROGRAM_ARGUMENTS, parse_arguments
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What is selected and when, once: from the first process.
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("lambda_vit_hf").setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
-    arguments = parse_arguments(argv, PROGRAM_ARGUMENTS, prog="lambda-vit train", description=__doc__)
+    arguments = parse_arguments(argv, PROGRAM_ARGUMENTS, prog="lambda-vit train", usage=USAGE, description=__doc__)
     # Imported late: --help and a mistyped option need not wait for datasets and pictures.
     from ..training.run import run_training
 

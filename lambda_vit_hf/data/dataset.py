@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from .decoding import MAX_PIXELS, UnreadableImageError, UnreadableImages, image_name, open_image
+from .decoding import MAX_PIXELS, UnreadableImageError, UnreadableImages, image_name, open_image, undecoded
 from .sampling import evenly_spaced, fixed_randomness
 
 
@@ -99,8 +99,7 @@ class ProcessedImages(Dataset):
         is_evaluation: bool = False,
         max_pixels: int = MAX_PIXELS,
     ):
-        if isinstance(getattr(dataset, "features", {}).get("image"), datasets.Image):
-            dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        dataset = undecoded(dataset)
         self.dataset, self.seed, self.is_evaluation = dataset, seed, is_evaluation
         self.prepare = ImagePreparation(image_processor, augmentation, unreadable, with_draws, max_pixels)
         self._epoch = shared_number()
@@ -203,10 +202,10 @@ def check_images(
         ValueError: naming the first files that are no images.
         UnreadableImageError: if `unreadable` says so.
     """
-    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+    dataset = undecoded(dataset)
     broken = []
-    for index in evenly_spaced(len(undecoded), limit):
-        item, name = undecoded[index]["image"], f"row {index}"
+    for index in evenly_spaced(len(dataset), limit):
+        item, name = dataset[index]["image"], f"row {index}"
         if unreadable is not None and unreadable.on_error == "skip":
             unreadable.check(item, name, max_pixels)
             continue

@@ -86,6 +86,16 @@ def open_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) -> P
     return image
 
 
+def undecoded(images):
+    """A dataset or stream of `datasets` with its column `image` left to [`decode_image`]; anything else as it is."""
+    if hasattr(images, "cast_column") and "image" in (images.features or {}):
+        import datasets  # not needed otherwise, and not part of the core
+
+        if isinstance(images.features["image"], datasets.Image):
+            return images.cast_column("image", datasets.Image(decode=False))
+    return images
+
+
 def image_name(item, name: str | None = None) -> str:
     """What to call an undecoded image: its path where it has one."""
     path = item.get("path") if isinstance(item, Mapping) else item if isinstance(item, (str, Path)) else None

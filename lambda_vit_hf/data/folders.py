@@ -97,6 +97,8 @@ def load_image_dataset(
         loaded, ignored = _load_from_hub(name, config_name, streaming)
     else:
         files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
+        if len({os.path.realpath(part.files[0]) for part in files.values()}) < len(files):
+            raise ValueError(f"{' and '.join(files)} are the same files: {next(iter(files.values())).origin}.")
         loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
     origin = {split: files[split].origin if split in files else name for split in loaded}
     if "train" not in loaded and not (needed == "validation" and {"validation", "test"} & set(loaded)):

@@ -1,4 +1,4 @@
-"""The files of MNIST, Fashion-MNIST and their kin."""
+"""IDX files, the format of MNIST, Fashion-MNIST and similar datasets."""
 
 import gzip
 import os

@@ -1,12 +1,16 @@
 """Columns of a dataset: which is the image, which the label, and what the classes are called."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 
 import datasets
 import pyarrow.dataset
 
-from .layout import natural_key
+
+def natural_key(name: str) -> tuple[list, str]:
+    """Sorts 10 after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def find_columns(
@@ -28,14 +32,14 @@ def find_columns(
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in ("label", "labels") if name in features]
     found = []
-    for kind, candidates, wish in (("image", images, image_column), ("label", labels, label_column)):
-        if wish is not None:
-            candidates = [wish] if wish in features and (kind == "label" or wish in images) else []
+    for kind, candidates, given in (("image", images, image_column), ("label", labels, label_column)):
+        if given is not None:
+            candidates = [given] if given in features and (kind == "label" or given in images) else []
         if len(candidates) != 1:
             columns = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()
                        } | dict.fromkeys(images, "Image") | dict.fromkeys(labels, "ClassLabel")  # fmt: skip
             raise ValueError(
-                f"Expected one {kind} column{f' {wish!r}' if wish else ''} in {where}, found {candidates}"
+                f"Expected one {kind} column{f' {given!r}' if given else ''} in {where}, found {candidates}"
                 f" among {columns}. `{kind}_column` names the one to use."
             )
         found.append(candidates[0])

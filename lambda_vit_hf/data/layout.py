@@ -20,7 +20,7 @@ UNREAD_SUFFIXES = {*PIL.Image.EXTENSION, ".heic", ".heif", ".jxl", ".svg", ".npy
                    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"} - IMAGE_SUFFIXES  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 DEBRIS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
-          "desktop.ini", *(name.lower() for name in FILES_TO_IGNORE)}  # fmt: skip
+          "desktop.ini", "icon\r", *(name.lower() for name in FILES_TO_IGNORE)}  # fmt: skip
 _WORDS = re.compile(f"[{NON_WORDS_CHARS}/]+")
 
 
@@ -34,7 +34,7 @@ class SplitFiles:
         path: the folder that was understood as this split.
         files: of images; or the parquet, metadata or IDX files.
         labels: of class folders: the class of each file.
-        classes: of class folders: in natural order.
+        classes: of class folders: in the order of `datasets` and torchvision (1, 10, 2).
         images: of a metadata file: the image files found beside it.
     """
 
@@ -49,11 +49,6 @@ class SplitFiles:
     def origin(self) -> str:
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return self.path if self.kind == "class folders" else f"{self.files[0]}{more}"
-
-
-def natural_key(name: str) -> tuple[list, str]:
-    """Sorts 10 after 9, as timm sorts classes."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[str, SplitFiles], list[str]]:
@@ -125,7 +120,7 @@ def _scan(path: str, ignored: list[str], above: tuple[str, ...] = ()) -> _Folder
     if real in above:
         raise ValueError(f"{path} is a link to a folder that contains it: remove the link.")
     folders, files = [], []
-    for entry in sorted(os.scandir(path), key=lambda entry: natural_key(entry.name)):
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if entry.name.encode("utf-8", "replace").decode() != entry.name:
             raise ValueError(f"{entry.path!r} has a name that is not UTF-8: rename it.")
         if entry.name.startswith(".") or entry.name.lower() in DEBRIS:
@@ -145,14 +140,18 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def _words(name: str) -> set[str]:
+    return set(_WORDS.split(re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("t10k", "test")).casefold()))
+
+
 def exact_split(name: str) -> str | None:
-    """The split that a whole name stands for, whatever its case: `Training`, `val2017`, `test-1`."""
-    return SPLITS.get(name.casefold().strip("-._ 0123456789"))
+    """The split that a whole name stands for, whatever its case: `Training`, `val2017`, `test_images`."""
+    words = _words(name) - {"", "set", "data", "dataset", "images", "imgs", "pictures", "photos"}
+    return SPLITS.get(words.pop()) if len(words) == 1 else None
 
 
 def _splits_in(name: str) -> set[str]:
-    words = _WORDS.split(name.casefold().replace("t10k", "test"))
-    return {SPLITS[word] for word in words if word in SPLITS}
+    return {SPLITS[word] for word in _words(name) if word in SPLITS}
 
 
 def _split_folders(root: _Folder) -> dict[str, _Folder]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -45,3 +46,24 @@ def balanced_folds(num_items: int, num_folds: int, seed: int = 0) -> torch.Tenso
     """
     draws = np.random.default_rng(seed).random((-(-num_items // num_folds), num_folds))
     return torch.from_numpy(draws.argsort(axis=1).ravel()[:num_items])
+
+
+def dealt(num_slices: int, seed: str) -> Iterator[int]:
+    """Slices of rows one after another, each once in every `num_slices` rows: classes that take turns are mixed."""
+    generator = random.Random(seed)
+    while True:
+        yield from generator.sample(range(num_slices), num_slices)
+
+
+def shuffled(rows: Iterable, buffer_size: int, generator: random.Random) -> Iterator:
+    """Rows in another order: each is drawn from a buffer that the next ones refill."""
+    buffer = []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+        else:
+            place = generator.randrange(buffer_size)
+            buffer[place], row = row, buffer[place]
+            yield row
+    generator.shuffle(buffer)
+    yield from buffer

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from .dataset import ImagePreparation, collate, shared_number
 from .decoding import MAX_PIXELS, UnreadableImages
+from .sampling import dealt, shuffled
 from .shards import sizes_of_stream
 
 
@@ -138,7 +139,7 @@ class StreamedImages(Dataset):
 
         Args:
             start, end (`int`): of the piece, in rows where the sizes of shards are known, else in slices of shards.
-            num_slices (`int`, *optional*): slices a shard; slice `s` is every `num_slices`-th row from row `s` on.
+            num_slices (`int`, *optional*): slices a shard, among which its rows are dealt at random.
             epoch (`int`): from 0.
 
         Raises:
@@ -153,7 +154,7 @@ class StreamedImages(Dataset):
             if first is None:
                 raise ValueError("The stream has no image for one of the workers: use fewer processes and workers.")
             generator = random.Random(f"{self.seed}-{epoch}-{turn}-{start}")
-            yield from _shuffled(itertools.chain([first], found), self.buffer_size, generator)
+            yield from shuffled(itertools.chain([first], found), self.buffer_size, generator)
 
     def _piece(self, order: list[int], start: int, end: int, num_slices: int | None) -> Iterator[tuple[str, dict]]:
         sizes = [num_slices] * self.num_shards if num_slices else self.shard_sizes
@@ -163,8 +164,8 @@ class StreamedImages(Dataset):
             before += sizes[shard]
             if low >= high:
                 continue
-            for number, row in enumerate(self._shard(shard)):
-                place = number % num_slices if num_slices else number
+            places = dealt(num_slices, f"{self.seed}-{shard}") if num_slices else itertools.count()
+            for number, (place, row) in enumerate(zip(places, self._shard(shard), strict=False)):
                 if low <= place < high:
                     yield f"row {number} of shard {shard}", row
                 elif place >= high and not num_slices:
@@ -274,24 +275,11 @@ class _Endless(Sampler):
         return itertools.count()
 
 
-def _shuffled(rows: Iterator, buffer_size: int, generator: random.Random) -> Iterator:
-    buffer = []
-    for row in rows:
-        if len(buffer) < buffer_size:
-            buffer.append(row)
-        else:
-            place = generator.randrange(buffer_size)
-            buffer[place], row = row, buffer[place]
-            yield row
-    generator.shuffle(buffer)
-    yield from buffer
-
-
 def sample_of_stream(stream: datasets.IterableDataset, size: int, seed: int = 0) -> datasets.Dataset:
     """`size` random images of a stream (fewer, if it has fewer) as a dataset in memory, for calibration."""
     images = StreamedImages(stream, image_processor=None, seed=seed, buffer_size=max(1, 2 * size))
     order = random.Random(seed).sample(range(images.num_shards), images.num_shards)
-    rows = _shuffled(images._piece(order, 0, images.num_shards, 1), images.buffer_size, random.Random(seed))
+    rows = shuffled(images._piece(order, 0, images.num_shards, 1), images.buffer_size, random.Random(seed))
     features = datasets.Features({"image": datasets.Image(), "label": stream.features["label"]})
     found = [row for _, row in itertools.islice(rows, size)]
     return datasets.Dataset.from_dict(

@@ -1,1 +1,1 @@
-"""What a model is worth and costs: metrics, accounting, throughput, pictures."""
+"""Metrics, parameters and MACs, throughput, plots."""

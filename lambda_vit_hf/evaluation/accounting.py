@@ -43,7 +43,16 @@ def summarize(model) -> str:
     Example:
 
     ```python
-    >>> print(summarize(model))
+    >>> from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, summarize
+
+    >>> config = LambdaViTConfig(num_hidden_layers=3, attention_flags=[False, True, True], hidden_size=192,
+    ...                          num_attention_heads=3, intermediate_size=768)
+    >>> print(summarize(LambdaViTForImageClassification(config)))
+    layer  attention            parameters
+        0  removed                 296,256
+        1  kept                    444,864
+        2  kept                    444,864
+    attention: 2 kept, 1 removed; 1,372,418 parameters; 0.2911 GMACs per image
     ```
     """
     lines = [f"{'layer':>5}  {'attention':<18} {'parameters':>12}"]

@@ -17,6 +17,8 @@ class TopKAccuracy(evaluate.Metric):
     Example:
 
     ```python
+    >>> from lambda_vit_hf.evaluation.metrics import TopKAccuracy
+
     >>> metric = TopKAccuracy()
     >>> metric.compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[1, 1], k=1)
     {'accuracy': 0.5}

@@ -1,4 +1,4 @@
-"""Pictures: why these layers, and how training went."""
+"""Plots of a selection (entropies, search, pairs of layers) and of a training."""
 
 from pathlib import Path
 

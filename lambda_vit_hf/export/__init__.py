@@ -1,1 +1,1 @@
-"""Out of PyTorch: ONNX, int8, torch.export, and the engines compared."""
+"""Export to ONNX, int8 and `torch.export`, and the inference engines compared."""

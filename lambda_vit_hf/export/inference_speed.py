@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.throughput import describe_environment, interleave, markdown_table, percentile, speedup
 from .peak_memory import peak_memory_cpu, peak_memory_cuda
-from .variants import BenchmarkSetup, Variant, build_variant
+from .variants import BenchmarkSetup, Variant, build_variant, parse_variant
 
 
 TOLERANCE = 1e-3
@@ -48,10 +48,12 @@ def measure_inference(
         ValueError: on a name that makes no sense, or if two fp32 models that should agree differ in a logit by more
             than 1e-3.
     """
+    for name in names:
+        parse_variant(name)  # a name that makes no sense is refused before any model is built
     begin = time.perf_counter()
     deadline = begin + max_seconds
-    bar = tqdm(names, desc="building models", leave=False, disable=disable_tqdm)
-    variants = [build_variant(name, setup) for name in bar]
+    with tqdm(names, desc="building models", leave=False, disable=disable_tqdm) as bar:
+        variants = [build_variant(name, setup) for name in bar]
     differences = _compare_outputs(variants)
     peaks, notes = {}, []
     if with_memory:

@@ -1,4 +1,4 @@
-"""Out of PyTorch: ONNX for any batch size, 8-bit ONNX, `torch.export`; each compared with the model it came from."""
+"""Export to ONNX for any batch size, 8-bit ONNX and `torch.export`; each compared with the model it came from."""
 
 import logging
 import tempfile

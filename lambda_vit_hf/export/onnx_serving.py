@@ -34,9 +34,8 @@ class OnnxImageClassifier:
     Example:
 
     ```python
-    >>> classifier = OnnxImageClassifier("outputs/served")
-    >>> classifier.classify([PIL.Image.open("cat.jpg")])[0][0]
-    {'label': 'tabby', 'score': 0.93}
+    classifier = OnnxImageClassifier("outputs/served")
+    classifier.classify([PIL.Image.open("cat.jpg")])[0][0]  # {'label': 'tabby', 'score': 0.93}
     ```
     """
 

@@ -1,4 +1,4 @@
-"""The picture of an inference benchmark."""
+"""The plot of an inference benchmark."""
 
 from pathlib import Path
 

@@ -58,6 +58,9 @@ class BenchmarkSetup:
         device (`str`, *optional*, defaults to `"cpu"`): where they run.
         image_size (`int`, *optional*, defaults to 224): of random weights.
         num_hidden_layers (`int`, *optional*, defaults to 12): of random weights.
+
+    Raises:
+        ValueError: if there is no such device.
     """
 
     size: str = "base"
@@ -69,6 +72,14 @@ class BenchmarkSetup:
     device: str = "cpu"
     image_size: int = 224
     num_hidden_layers: int = 12
+
+    def __post_init__(self):
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"`device` must be cpu or cuda, got {self.device!r}.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("There is no GPU that PyTorch can use on this machine: measure with `device='cpu'`.")
 
     @cached_property
     def base_model(self) -> LambdaViTForImageClassification:

@@ -75,7 +75,7 @@ def push_folder(
     state, pickles or checkpoints. An unchanged folder makes no new commit, so a failed push can be repeated.
 
     Args:
-        folder (`str` or `Path`): What `save_pretrained` or the main job wrote.
+        folder (`str` or `Path`): What `save_pretrained` or `lambda-vit train` wrote.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own. Created if it does not exist.
         private (`bool`, *optional*): Visibility of a repository created now; by default that of the account.
         token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`.
@@ -100,8 +100,8 @@ def push_folder(
     Example:
 
     ```python
-    >>> push_folder("outputs/digits", "me/lambda-vit-digits", dry_run=True).files
-    {'config.json': 802, 'model.safetensors': 412040, 'preprocessor_config.json': 455}
+    push_folder("outputs/digits", "me/lambda-vit-digits", dry_run=True).files
+    # {'config.json': 802, 'model.safetensors': 412040, 'preprocessor_config.json': 455}
     ```
     """
     validate_repo_id(repo_id)

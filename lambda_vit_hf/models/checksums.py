@@ -7,6 +7,7 @@ they are. Only the standard library: exported folders carry a copy.
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def remove_checksums(folder: str | Path) -> None:
     Path(folder, MANIFEST).unlink(missing_ok=True)
 
 
-def find_damage(folder: str | Path, is_complete: bool = True) -> str | None:
+def find_damage(folder: str | Path, is_complete: bool = True, names: Collection[str] | None = None) -> str | None:
     """
     What in a folder is not as it was when it was finished, in a few words that name the file; `None` if all is, or if
     it has no list.
@@ -47,6 +48,7 @@ def find_damage(folder: str | Path, is_complete: bool = True) -> str | None:
     Args:
         folder (`str` or `Path`): of a checkpoint, a finished model or an export.
         is_complete (`bool`, *optional*, defaults to `True`): whether a listed file that is not there is damage.
+        names (`Collection[str]`, *optional*): look at these files only.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -55,7 +57,7 @@ def find_damage(folder: str | Path, is_complete: bool = True) -> str | None:
     found = [_LINE.fullmatch(line) for line in lines]
     if not found or None in found:
         return f"{MANIFEST} is damaged"
-    expected = {match[2]: match[1] for match in found}
+    expected = {match[2]: match[1] for match in found if names is None or match[2] in names}
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing and is_complete:
         return f"no {missing[0]}, which {MANIFEST} lists"
@@ -64,14 +66,14 @@ def find_damage(folder: str | Path, is_complete: bool = True) -> str | None:
     return f"{', '.join(changed[:4])}: not the content that {MANIFEST} lists" if changed else None
 
 
-def check_checksums(folder: str | Path, is_complete: bool = True) -> None:
+def check_checksums(folder: str | Path, is_complete: bool = True, names: Collection[str] | None = None) -> None:
     """
-    Refuse a folder with [`find_damage`].
+    Refuse a folder with damage; arguments as of [`find_damage`].
 
     Raises:
         OSError: naming the file, and what to do.
     """
-    damage = find_damage(folder, is_complete)
+    damage = find_damage(folder, is_complete, names)
     if damage:
         raise OSError(
             f"{folder} is damaged, or was changed after it was finished: {damage}. Get it again, or take another one."

@@ -1,4 +1,4 @@
-"""LambdaCLIPVisionConfig configuration: CLIPVisionConfig, and which attention layers exist."""
+"""LambdaCLIPVision configuration: CLIPVisionConfig, and which attention layers exist."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig

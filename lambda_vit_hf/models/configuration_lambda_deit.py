@@ -1,4 +1,4 @@
-"""LambdaDeiTConfig configuration: DeiTConfig, and which attention layers exist."""
+"""LambdaDeiT configuration: DeiTConfig, and which attention layers exist."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import DeiTConfig

@@ -1,4 +1,4 @@
-"""LambdaDinov2WithRegistersConfig configuration: Dinov2WithRegistersConfig, and which attention layers exist."""
+"""LambdaDinov2WithRegisters configuration: Dinov2WithRegistersConfig, and which attention layers exist."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2WithRegistersConfig

@@ -1,4 +1,4 @@
-"""LambdaDINOv3ViTConfig configuration: DINOv3ViTConfig, and which attention layers exist."""
+"""LambdaDINOv3ViT configuration: DINOv3ViTConfig, and which attention layers exist."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import DINOv3ViTConfig

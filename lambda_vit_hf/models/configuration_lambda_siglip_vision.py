@@ -1,4 +1,4 @@
-"""LambdaSiglipVisionConfig configuration: SiglipVisionConfig, and which attention layers exist."""
+"""LambdaSiglipVision configuration: SiglipVisionConfig, and which attention layers exist."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import SiglipVisionConfig

@@ -66,6 +66,15 @@ class RemovalConfigMixin:
         """0-based indices of the layers whose attention is removed."""
         return [index for index, has_attention in enumerate(self.attention_flags) if not has_attention]
 
+    def as_per_layer_config(self) -> dict[str, dict]:
+        """
+        The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer.
+
+        It is not written into config.json: transformers 5.24 takes a config that has it apart, layer by layer, though
+        no vision model there reads it. True of a folded model; before folding a removed layer doubles its input.
+        """
+        return {str(layer): {"skip": ["attention"]} for layer in self.removed_layers}
+
     def token_merging_schedule(self, attending: list[int] | None = None) -> list[int]:
         """
         Tokens merged in each layer, between its attention and its MLP; 0 in layers without attention.

@@ -100,8 +100,7 @@ def convert_checkpoint(
     Example:
 
     ```python
-    >>> convert_checkpoint("base_01346.pth").config.removed_layers
-    [0, 1, 3, 4, 6]
+    convert_checkpoint("base_01346.pth").config.removed_layers  # [0, 1, 3, 4, 6]
     ```
     """
     if layers_removed is not None:

@@ -4,8 +4,10 @@ This file does not travel with saved models: it knows all families.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 from transformers import (
+    CONFIG_MAPPING,
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
@@ -15,6 +17,8 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from .checksums import check_checksums
 
 
 # By transformers' `model_type`: the module's ending, and how the family's classes begin. A model of images and texts
@@ -73,7 +77,7 @@ def register_auto_classes() -> None:
         for kind, auto_class in entries.items():
             if hasattr(modeling, beginning + kind):
                 auto_class.register(config, getattr(modeling, beginning + kind), exist_ok=True)
-        source = type(AutoConfig.for_model(config.source_model_types[-1]))
+        source = CONFIG_MAPPING[config.source_model_types[-1]]
         if source in IMAGE_PROCESSOR_MAPPING:  # else the checkpoint's own preprocessor_config.json names the class
             processors = IMAGE_PROCESSOR_MAPPING[source]
             AutoImageProcessor.register(config, image_processor_classes=processors, exist_ok=True)
@@ -110,6 +114,9 @@ class _AutoLambdaModel:
     def class_for(cls, pretrained_model_name_or_path, **kwargs) -> type:
         """The family's class that `from_pretrained` would load with."""
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        # All files are compared when the class loads them; this one is read before.
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        check_checksums(folder, is_complete=False, names=["config.json"])
         of_hub = {name: kwargs[name] for name in names if name in kwargs}
         config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **of_hub)
         model_class = family_class(config.get("model_type", "unknown"), cls._kind)
@@ -127,9 +134,9 @@ class AutoLambdaModel(_AutoLambdaModel):
     Example:
 
     ```python
-    >>> from lambda_vit_hf import AutoLambdaModel
+    from lambda_vit_hf import AutoLambdaModel
 
-    >>> model = AutoLambdaModel.from_pretrained("facebook/dinov2-small")  # a LambdaDinov2Model
+    model = AutoLambdaModel.from_pretrained("facebook/dinov2-small")  # a LambdaDinov2Model
     ```
     """
 
@@ -143,9 +150,9 @@ class AutoLambdaModelForImageClassification(_AutoLambdaModel):
     Example:
 
     ```python
-    >>> from lambda_vit_hf import AutoLambdaModelForImageClassification
+    from lambda_vit_hf import AutoLambdaModelForImageClassification
 
-    >>> model = AutoLambdaModelForImageClassification.from_pretrained("facebook/dinov2-small", num_labels=10)
+    model = AutoLambdaModelForImageClassification.from_pretrained("facebook/dinov2-small", num_labels=10)
     ```
     """
 

@@ -109,7 +109,7 @@ def _divided_branch(where: str, scale: nn.Module | None, end: nn.Module, divisor
 
 
 def _is_exact(parameter: torch.Tensor, divisor: float) -> bool:
-    return torch.equal((parameter / divisor) * divisor, parameter)
+    return parameter.is_meta or torch.equal((parameter / divisor) * divisor, parameter)
 
 
 def _check_plain(where: str, module: nn.Module) -> None:

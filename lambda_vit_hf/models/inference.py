@@ -100,7 +100,7 @@ class InferenceMixin:
         Example:
 
         ```python
-        >>> model = LambdaViTForImageClassification.from_pretrained("outputs/digits").prepare_for_inference()
+        model = LambdaViTForImageClassification.from_pretrained("outputs/digits").prepare_for_inference()
         ```
         """
         if self.is_prepared_for_inference:

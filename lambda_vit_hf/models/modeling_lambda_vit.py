@@ -121,12 +121,12 @@ class LambdaViTForImageClassification(LambdaViTPreTrainedModel, ViTForImageClass
     Example:
 
     ```python
-    >>> from lambda_vit_hf import LambdaViTForImageClassification
+    from lambda_vit_hf import LambdaViTForImageClassification
 
-    >>> model = LambdaViTForImageClassification.from_pretrained("facebook/deit-base-patch16-224")  # any ViT
-    >>> model.set_attention_lambda(0.5, layers=[0, 1])  # half way into the identity
-    >>> model.remove_attention([0, 1])
-    >>> model.fold_removed_attention()
+    model = LambdaViTForImageClassification.from_pretrained("facebook/deit-base-patch16-224")  # any ViT
+    model.set_attention_lambda(0.5, layers=[0, 1])  # half way into the identity
+    model.remove_attention([0, 1])
+    model.fold_removed_attention()
     ```
     """
 
@@ -165,11 +165,10 @@ class LambdaViTBackbone(BackboneMixin, LambdaViTModel):
     Example:
 
     ```python
-    >>> from lambda_vit_hf import LambdaViTBackbone
+    from lambda_vit_hf import LambdaViTBackbone
 
-    >>> backbone = LambdaViTBackbone.from_pretrained("facebook/deit-base-patch16-224", out_indices=[3, 6, 9, 12])
-    >>> [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]
-    [(1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14), (1, 768, 14, 14)]
+    backbone = LambdaViTBackbone.from_pretrained("facebook/deit-base-patch16-224", out_indices=[3, 6, 9, 12])
+    [tuple(feature_map.shape) for feature_map in backbone(pixel_values).feature_maps]  # four times (1, 768, 14, 14)
     ```
     """
 

@@ -77,7 +77,7 @@ def _read_file(path: Path):
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{path} is refused, and nothing in it was run: it asks for {culprit[1] if culprit else 'code'}, or is"
-            " damaged. From a pickle only tensors, plain containers and argparse.Namespace are read. The way out:"
+            " damaged. From a pickle only tensors, plain containers and argparse.Namespace are read. Instead:"
             " where you trust the file, load it there and save its tensors as .safetensors."
         ) from error
     except Exception as error:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 
-from ..data.decoding import decode_image
+from ..data.decoding import decode_image, undecoded
 from ..data.sampling import balanced_folds, evenly_spaced, fixed_randomness
 from .processes import rank_and_num_processes
 
@@ -61,7 +61,7 @@ class CalibrationBatches:
         self.num_images = 0
         bar = tqdm(disable=True) if bar is None else bar
         with fixed_randomness(0):
-            self._own_images, positions = self._read(images, size, bar)
+            self._own_images, positions = self._read(undecoded(images), size, bar)
         self._folds = balanced_folds(self.num_images, num_folds)[positions]
         self.num_own_images = len(positions)
 
@@ -113,7 +113,7 @@ class CalibrationBatches:
         if isinstance(item, torch.Tensor):
             return item
         picture = item.get("image") if isinstance(item, Mapping) and "pixel_values" not in item else item
-        if isinstance(picture, PIL.Image.Image):
+        if isinstance(picture, PIL.Image.Image) or (isinstance(picture, Mapping) and "bytes" in picture):
             if self.image_processor is None:
                 raise TypeError("Calibration images are pictures: pass the model's `image_processor` too.")
             return self.image_processor(decode_image(picture), return_tensors="pt")["pixel_values"][0]

@@ -31,8 +31,10 @@ class GaussianEntropy:
 
     ```python
     >>> import torch
+    >>> from lambda_vit_hf.selection.entropy import GaussianEntropy
+
     >>> estimate = GaussianEntropy()
-    >>> for batch in torch.randn(100, 32, 5).mul(2.0):  # sigma = 2 in each of 5 channels
+    >>> for batch in torch.randn(1000, 32, 5).mul(2.0):  # sigma = 2 in each of 5 channels
     ...     estimate.update(batch)
     >>> round(estimate.value(), 1)  # 5 * log(2)
     3.5

@@ -1,4 +1,4 @@
-"""What a selection found: the layers, and everything measured on the way to them."""
+"""What a selection found: the layers, and everything measured to find them."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ class UnknownStrategy:
 @dataclass
 class AttentionSelection:
     """
-    A choice of attention layers and everything measured on the way. Entropies in nats, layers 0-based.
+    A choice of attention layers and everything measured to find it. Entropies in nats, layers 0-based.
 
     Attributes:
         order: layers in the order they were picked; sorted in `layers`.

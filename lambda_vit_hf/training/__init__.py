@@ -1,1 +1,1 @@
-"""Dilution and removal inside the Trainer, and the main job around it."""
+"""Dilution and removal inside the Trainer, and the training program."""

@@ -232,7 +232,7 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
         if unknown:
             raise ValueError(f"The recipe {recipe} sets unknown fields: {unknown}. `--help` lists the known ones.")
         _check_values(recipe, values, argument_types)
-        _set_defaults(parser, values, _given_fields(argv, argument_types))
+        _set_defaults(parser, values, _given_fields(argv, argument_types, parser_options))
     for name in _RENAMED.keys() & set(used):
         message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
         warnings.warn(message, FutureWarning, stacklevel=2)
@@ -268,6 +268,8 @@ def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> No
             values = {name: value for name, value in values.items() if name not in group}
     if "model_name_or_path" in given:
         of_another = [name for name in _SHAPE if name in values and name not in given]
+        if of_another == ["image_size"]:  # the recipe has no model of its own: it means the checkpoint
+            of_another = []
         values = {name: value for name, value in values.items() if name not in of_another}
         if of_another:
             logger.warning(
@@ -282,9 +284,9 @@ def _set_defaults(parser: HfArgumentParser, values: dict, given: set[str]) -> No
                            for name, value in values.items()})  # fmt: skip
 
 
-def _given_fields(argv: Sequence[str], argument_types: Sequence[type]) -> set[str]:
+def _given_fields(argv: Sequence[str], argument_types: Sequence[type], parser_options: dict) -> set[str]:
     """Fields that a command line sets, however it spells them."""
-    parser = _new_parser(argument_types)
+    parser = _new_parser(argument_types, **parser_options)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return set(vars(parser.parse_known_args(argv)[0]))

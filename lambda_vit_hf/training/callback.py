@@ -69,10 +69,10 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     Example:
 
     ```python
-    >>> trainer = Trainer(model=model, callbacks=[EntropyGuidedRemovalCallback(removal_ratio=0.4)], ...)
-    >>> trainer.train()
-    >>> trainer.model.config.removed_layers
-    [0, 1, 3, 4, 6]
+    removal = EntropyGuidedRemovalCallback(removal_ratio=0.4)
+    trainer = Trainer(model=model, args=args, train_dataset=images, callbacks=[removal])
+    trainer.train()
+    trainer.model.config.removed_layers  # such as [0, 1, 3, 4, 6]
     ```
     """
 

@@ -60,9 +60,9 @@ class EmaCallback(TrainerCallback, ExportableState):
     Example:
 
     ```python
-    >>> callbacks = [EmaCallback(decay=0.9999), EntropyGuidedRemovalCallback(removal_ratio=0.4)]
-    >>> trainer = Trainer(model=model, callbacks=callbacks, ...)
-    >>> trainer.train()  # trainer.model: averaged, removed and folded
+    callbacks = [EmaCallback(decay=0.9999), EntropyGuidedRemovalCallback(removal_ratio=0.4)]
+    trainer = Trainer(model=model, args=args, train_dataset=images, callbacks=callbacks)
+    trainer.train()  # trainer.model: averaged, removed and folded
     ```
     """
 

@@ -27,7 +27,7 @@ class OneModelInAllProcesses(TrainerCallback):
 
     Raises:
         ValueError: on FSDP and DeepSpeed, when training begins.
-        RuntimeError: if processes differ, naming a cause and the way out.
+        RuntimeError: if processes differ, naming a cause and what to do.
     """
 
     def __init__(self):
@@ -56,7 +56,7 @@ class OneModelInAllProcesses(TrainerCallback):
             )
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        # On the way too: with `load_best_model_at_end` all processes read the first one's weights before the end.
+        # During training too: with `load_best_model_at_end` all processes read the first one's weights before the end.
         check_weights_agree(model, args, f"the weights at step {state.global_step}")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):

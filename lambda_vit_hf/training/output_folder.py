@@ -97,28 +97,25 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
     """
     path = Path(training_args.output_dir)
     _check_no_file(path)
-    wish = str(training_args.resume_from_checkpoint or "false")
-    if wish.lower() == "false":
-        if (
-            path.is_dir()
-            and any(one.name != LOCK for one in path.iterdir())
-            and not training_args.overwrite_output_dir
-        ):
+    requested = str(training_args.resume_from_checkpoint or "false")
+    if requested.lower() == "false":
+        is_used = path.is_dir() and any(one.name != LOCK for one in path.iterdir())
+        if is_used and not training_args.overwrite_output_dir:
             raise FileExistsError(
                 f"The output folder {path} is not empty. Pass --overwrite_output_dir to start anew in it,"
                 " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
             )
         return OutputFolder(path)
-    if wish.lower() != "true":
-        problem = what_is_broken(wish)
+    if requested.lower() != "true":
+        problem = what_is_broken(requested)
         if problem:
-            raise ValueError(f"Cannot resume from {wish}: {problem}.")
-        if Path(wish).resolve().parent.name == "base-training":
+            raise ValueError(f"Cannot resume from {requested}: {problem}.")
+        if Path(requested).resolve().parent.name == "base-training":
             raise ValueError(
-                f"{wish} is a checkpoint of the base model's training: use --resume_from_checkpoint true."
+                f"{requested} is a checkpoint of the base model's training: use --resume_from_checkpoint true."
             )
-        folder = OutputFolder(path, checkpoint=Path(wish), resuming=True)
-        others = [one for one in path.glob("checkpoint-*") if one.parent.resolve() != Path(wish).resolve().parent]
+        folder = OutputFolder(path, checkpoint=Path(requested), resuming=True)
+        others = [one for one in path.glob("checkpoint-*") if one.parent.resolve() != Path(requested).resolve().parent]
         if others:
             raise FileExistsError(f"The output folder {path} holds checkpoints of another run: {others[0].name}.")
     else:

@@ -1,4 +1,4 @@
-"""Removal of attention layers in training, for any training loop: choose, let fade, remove and fold.
+"""Removal of attention layers in training, for any training loop: choose, dilute, remove and fold.
 
 [`EntropyGuidedRemovalCallback`] does the same inside the Hugging Face Trainer.
 Source: Lin et al., CVPR 2024, section 3.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 class AttentionRemoval:
     """
-    Which attention layers a training removes, and the way there.
+    Chooses the attention layers that a training removes, fades them out, removes and folds them.
 
     Args:
         removal_ratio (`float`, *optional*): fraction of the attention layers to remove, in [0, 1]; or
@@ -45,17 +45,17 @@ class AttentionRemoval:
     Example, a loop with `accelerate`:
 
     ```python
-    >>> removal = AttentionRemoval(removal_ratio=0.4)
-    >>> removal.choose(model, images)  # refuses what could not be removed at the end
-    >>> removal.plan(total_steps=len(loader) * num_epochs)
-    >>> accelerator.register_for_checkpointing(removal)
-    >>> for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
-    ...     removal.set_lambda(accelerator.unwrap_model(model), step)
-    ...     accelerator.backward(model(**batch).loss)
-    ...     removal.let_attention_rest(accelerator.unwrap_model(model))
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    >>> removal.finish(accelerator.unwrap_model(model), optimizer)
+    removal = AttentionRemoval(removal_ratio=0.4)
+    removal.choose(model, images)  # refuses what could not be removed at the end
+    removal.plan(total_steps=len(loader) * num_epochs)
+    accelerator.register_for_checkpointing(removal)
+    for step, batch in enumerate(batch for _ in range(num_epochs) for batch in loader):
+        removal.set_lambda(accelerator.unwrap_model(model), step)
+        accelerator.backward(model(**batch).loss)
+        removal.let_attention_rest(accelerator.unwrap_model(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    removal.finish(accelerator.unwrap_model(model), optimizer)
     ```
     """
 

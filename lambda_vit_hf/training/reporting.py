@@ -1,4 +1,4 @@
-"""What the main job leaves behind and says: metrics, pictures, the model card, the table before and after."""
+"""What the training program writes and prints: metrics, plots, the model card, the table before and after."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The main job: base model, selection, dilution, removal, evaluation, and everything that is kept of it."""
+"""The training program: base model, selection, dilution, removal, evaluation, and everything that is kept of it."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ def run_training(
     training_args: LambdaTrainingArguments,
 ) -> dict:
     """
-    Run the main job and print its table. Everything that can be wrong with the input is checked before any training.
+    Run the training program and print its table. All that can be wrong with the input is checked before training.
 
     Returns:
         The contents of `metrics.json`.

@@ -40,6 +40,9 @@ class LambdaViTTrainerMixin:
     Example:
 
     ```python
+    >>> from transformers import Trainer
+    >>> from lambda_vit_hf import LambdaViTTrainerMixin
+
     >>> class MyTrainer(LambdaViTTrainerMixin, Trainer):
     ...     pass
     ```

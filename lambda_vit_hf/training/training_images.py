@@ -110,40 +110,40 @@ class TrainingImages:
         """How many images of each split could not be decoded so far. All processes must ask together."""
         return {split: len(set(gather_object(one.names))) for split, one in self.unreadable.items()}
 
-    def _augmentation(self, wish: AugmentationArguments) -> Callable | None:
-        if wish.random_shift:
-            return RandomShift(wish.random_shift)
-        if not wish.random_resized_crop:
+    def _augmentation(self, options: AugmentationArguments) -> Callable | None:
+        if options.random_shift:
+            return RandomShift(options.random_shift)
+        if not options.random_resized_crop:
             return None
         return deit_augmentation(
             self.image_processor,
-            auto_augment=wish.auto_augment,
-            color_jitter=wish.color_jitter,
-            random_erasing=wish.random_erasing,
-            random_erasing_mode=wish.random_erasing_mode,
+            auto_augment=options.auto_augment,
+            color_jitter=options.color_jitter,
+            random_erasing=options.random_erasing,
+            random_erasing_mode=options.random_erasing_mode,
         )
 
-    def _collator(self, wish: AugmentationArguments, training_args: LambdaTrainingArguments) -> MixupCollator:
+    def _collator(self, options: AugmentationArguments, training_args: LambdaTrainingArguments) -> MixupCollator:
         return MixupCollator(
             len(self.splits["train"].features["label"].names),
-            mixup=wish.mixup,
-            cutmix=wish.cutmix,
-            switch_prob=wish.mixup_switch_prob,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            switch_prob=options.mixup_switch_prob,
             label_smoothing=training_args.label_smoothing_factor,
         )
 
 
-def check_augmentation(wish: AugmentationArguments, streaming: bool) -> None:
+def check_augmentation(options: AugmentationArguments, streaming: bool) -> None:
     """
     Raises:
         ValueError: on augmentations that exclude or need each other.
     """
-    needs_crop = [name for name in ("auto_augment", "color_jitter", "random_erasing") if getattr(wish, name)]
-    if needs_crop and not wish.random_resized_crop:
+    needs_crop = [name for name in ("auto_augment", "color_jitter", "random_erasing") if getattr(options, name)]
+    if needs_crop and not options.random_resized_crop:
         raise ValueError(f"{needs_crop} are part of timm's transform: turn `random_resized_crop` on, too.")
-    if wish.random_shift and wish.random_resized_crop:
+    if options.random_shift and options.random_resized_crop:
         raise ValueError("`random_shift` and `random_resized_crop` both move the picture: choose one.")
-    if wish.repeated_augmentation < 1:
-        raise ValueError(f"`repeated_augmentation` must be 1 (off) or more, got {wish.repeated_augmentation}.")
-    if wish.repeated_augmentation > 1 and streaming:
+    if options.repeated_augmentation < 1:
+        raise ValueError(f"`repeated_augmentation` must be 1 (off) or more, got {options.repeated_augmentation}.")
+    if options.repeated_augmentation > 1 and streaming:
         raise ValueError("`repeated_augmentation` draws images by index, which a stream has not: set it to 1.")

@@ -60,6 +60,14 @@ def test_a_command_without_arguments_prints_its_usage(command, capsys):
     assert f"usage: lambda-vit {command}" in capsys.readouterr().err
 
 
+def test_a_mistyped_value_of_a_field_does_not_print_all_fields(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        lambda_vit_cli.main(["train", "digits", "--num_train_epochs", "many"])
+    assert stopped.value.code == 2
+    usage, message = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: lambda-vit train RECIPE") and "invalid float value: 'many'" in message
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -77,6 +77,8 @@ LAYOUTS = {
         tree("airport:5", "train_station:5", "test_tube:5"), {"airport": 4, "test_tube": 4, "train_station": 4},
         {"airport": 1, "test_tube": 1, "train_station": 1},
     ),
+    "test_images among classes": Layout(tree("cat:5", "dog:5", "test_images:9"), refused="cat looks like no split"),
+    "TrainSet, TestSet": splits("TrainSet", "TestSet"),
     "class folders with splits in them": Layout(tree("cat/train:5", "cat/test:5", "dog/train:5"), refused="cat/test"),
     "a folder around the splits": Layout(tree("pets/train/cat:5", "pets/test/cat:5"), refused="pass that folder"),
     "train_dir, validation_dir": Layout(
@@ -90,6 +92,10 @@ LAYOUTS = {
     "train_dir of several splits": Layout(
         table(train=LABELS * 5, validation=LABELS), refused="one split.*train.*validation",
         options={"train_dir": "{folder}"},
+    ),
+    "train_dir as validation_dir": Layout(
+        tree("cat:5", "dog:5"), refused="the same files",
+        options={"train_dir": "{folder}", "validation_dir": "{folder}/"},
     ),
     "no such folder": Layout(lambda folder: None, refused="not exist", options={"directory": "{folder}/gone"}),
     "a file": Layout(tree("data.zip"), refused="is a file", options={"directory": "{folder}/data.zip"}),
@@ -110,7 +116,7 @@ LAYOUTS = {
     "an empty class in train": Layout(tree(*PAIR, "train/cow/"), refused="cow holds no image"),
     "a class without images": Layout(tree("cat:5", "dog:5", "notes/a.txt"), refused="notes holds no image"),
     "class folders 1, 2, 10": Layout(
-        tree("10:5", "1:5", "2:5"), {"1": 4, "2": 4, "10": 4}, {"1": 1, "2": 1, "10": 1}
+        tree("10:5", "1:5", "2:5"), {"1": 4, "10": 4, "2": 4}, {"1": 1, "10": 1, "2": 1}
     ),
     "folders in class folders": Layout(tree("cat:5", "dog/small:5"), refused="dog/small.*first level"),
     "images without class folders": Layout(tree("a.png", "b.png"), refused="a.png .and 1 more. has no place"),
@@ -146,6 +152,9 @@ LAYOUTS = {
     "links to folders": Layout(
         tree("store/a:5", "store/b:5", "train/a -> store/a", "train/b -> store/b"), {"a": 4, "b": 4}, {"a": 1, "b": 1},
         options={"directory": "{folder}/train"},
+    ),
+    "two splits that are one folder": Layout(
+        tree("train/cat:5", "train/dog:5", "val -> train"), refused="the same files"
     ),
     "a link to a folder above": Layout(tree(*PAIR, "train/cat/loop -> train"), refused="loop is a link"),
     # Parquet files

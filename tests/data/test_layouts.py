@@ -85,7 +85,7 @@ def test_what_was_understood_is_said_once(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"train: 10 images ({tmp_path}/Training)",
         f"validation: 4 images ({tmp_path}/Testing, a test split, as there is no validation split)",
-        "2 classes, in this order: 2, 10; labels from the class folders",
+        "2 classes, in this order: 10, 2; labels from the class folders",
         "Ignored: .DS_Store",
     ]
 

@@ -116,6 +116,15 @@ def test_without_sizes_of_shards_processes_are_disjoint_and_cover_shards_of_one_
         assert sorted(seen) == list(range(96)), f"{num_processes} processes with {num_readers} workers"
 
 
+def test_workers_that_share_a_shard_see_all_of_its_classes_though_they_take_turns(processor):
+    # Every fourth row would be of one class, in every batch of a worker.
+    taking_turns = gray_images(96).map(lambda row, index: {"label": index % 4}, with_indices=True)
+    images = StreamedImages(taking_turns.to_iterable_dataset(), processor, num_images=96)
+    loader = images.loader(batch_size=12)
+    loader.dataset.num_readers = 4
+    assert all(len(set(batch)) > 1 for batch in labels_of(loader)), labels_of(loader)
+
+
 def test_shards_of_unlike_unknown_sizes_yield_the_promised_number_all_the_same(processor):
     parts = [gray_images(96).select(range(*part)).to_iterable_dataset() for part in ((0, 80), (80, 96))]
     stream = datasets.concatenate_datasets(parts)

@@ -1,4 +1,4 @@
-"""The main job, as a user runs it: the same program, a smaller model and fewer epochs."""
+"""The training program, as a user runs it: the same program, a smaller model and fewer epochs."""
 
 import json
 import os
@@ -190,6 +190,30 @@ def test_the_program_trains_from_a_checkpoint_and_a_folder_of_images(tmp_path):
     restored = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert restored.config.id2label[3] == "digit 3"
     assert not (tmp_path / "out" / "base").exists()
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "digits"])
+def test_pictures_of_ones_own_and_a_checkpoint_of_224_px_need_no_word_about_shape(tmp_path, recipe):
+    digits = datasets_digits()
+    for split, count in (("train", 32), ("validation", 8)):
+        for index, row in enumerate(digits[split].select(range(count))):
+            path = tmp_path / "images" / split / ("even" if row["label"] % 2 == 0 else "odd") / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=9)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor().save_pretrained(tmp_path / "vit")
+    command = [
+        recipe, "--model_name_or_path", tmp_path / "vit", "--ignore_mismatched_sizes", "--dataset_dir",
+        tmp_path / "images", "--removal_ratio", 0.4, "--output_dir", tmp_path / "out", "--num_train_epochs", 1,
+        "--base_num_train_epochs", 1, "--per_device_train_batch_size", 8, "--dataloader_num_workers", 0,
+        "--warmup_steps", 0, "--use_cpu", "true",
+    ]  # fmt: skip
+    run_training(*parse_arguments(list(map(str, command)), PROGRAM_ARGUMENTS))
+    restored = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert (restored.config.image_size, restored.config.patch_size, restored.config.hidden_size) == (224, 16, 16)
+    assert restored.config.id2label == {0: "even", 1: "odd"}
+    assert len(restored.config.removed_layers) == 1
 
 
 # Bad input: a clear error before training starts.

@@ -64,6 +64,12 @@ def test_a_model_that_computes_something_else_stops_the_benchmark(setup, monkeyp
         measure_inference(["transformers", "lambda"], setup, [1], with_memory=False, disable_tqdm=True)
 
 
+def test_every_name_is_checked_before_any_model_is_built(setup, monkeypatch):
+    monkeypatch.setattr(inference_speed, "build_variant", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match="unknown step 'quick'"):
+        measure_inference(["transformers", "lambda+quick"], setup, [1], disable_tqdm=True)
+
+
 def test_accuracy_is_measured_on_given_images(setup, scripted_seconds):
     images = torch.randn(70, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -99,6 +99,14 @@ def test_a_checkpoint_and_an_onnx_file_take_part(setup, folder, removed, tmp_pat
         build_variant("missing.onnx", setup)
 
 
+def test_a_device_that_is_not_there_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU"):
+        BenchmarkSetup(device="cuda")
+    with pytest.raises(ValueError, match="'cudaa'"):
+        BenchmarkSetup(device="cudaa")
+
+
 def test_random_weights_are_the_same_in_every_process():
     shape = dict(size="tiny", image_size=32, num_hidden_layers=1)
     one, other = (BenchmarkSetup(**shape).base_model for _ in range(2))

@@ -101,3 +101,9 @@ def test_a_broken_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match=r"config\.json"):
         LambdaViTConfig.from_pretrained(tmp_path)
+
+
+def test_removed_layers_can_be_said_in_the_words_of_transformers():
+    config = LambdaViTConfig(num_hidden_layers=4, attention_flags=[False, True, False, True])
+    assert config.as_per_layer_config() == {"0": {"skip": ["attention"]}, "2": {"skip": ["attention"]}}
+    assert "per_layer_config" not in config.to_dict()

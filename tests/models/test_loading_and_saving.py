@@ -1,4 +1,4 @@
-"""Ways out: wherever a saved model can be taken, it is the same function there."""
+"""A saved model is the same function wherever it is opened: Auto classes, pipelines, remote code, ONNX, PEFT."""
 
 import copy
 import json
@@ -267,7 +267,7 @@ def run_without_package(script: str, tmp_path, *arguments) -> dict[str, torch.Te
     return load_file(tmp_path / "out" / "results.safetensors")
 
 
-def test_remote_code_opens_every_door_and_can_be_saved_again(folder, removed, tmp_path, pixel_values):
+def test_remote_code_opens_in_every_auto_class_and_can_be_saved_again(folder, removed, tmp_path, pixel_values):
     save_file({"images": pixel_values}, tmp_path / "images.safetensors")
     script = """
         import huggingface_hub

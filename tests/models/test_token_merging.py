@@ -1,4 +1,4 @@
-"""Token merging: the paper's properties, and every door a merging model goes through."""
+"""Token merging: the paper's properties, and all that a merging model is used by."""
 
 import copy
 import logging

@@ -142,7 +142,11 @@ def test_pictures_are_decoded_as_in_training():
     file = io.BytesIO()
     PIL.Image.fromarray(np.arange(16, dtype=np.uint16).reshape(2, 8) * 4096).save(file, "PNG", exif=exif)
     processor = ViTImageProcessor(do_resize=False, image_mean=[0.0] * 3, image_std=[1.0] * 3)
-    ((read, _),) = CalibrationBatches([PIL.Image.open(file)], 1, processor)
+    features = datasets.Features({"image": datasets.Image()})
+    stored = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}]}, features=features)
+    given = ([PIL.Image.open(file)], stored, stored.to_iterable_dataset())
+    read, whole, streamed = (next(iter(CalibrationBatches(one, 1, processor)))[0] for one in given)
+    assert torch.equal(read, whole) and torch.equal(read, streamed)
     expected = np.asarray(decode_image(file.getvalue()), dtype=np.float32) / 255
     assert read.shape == (1, 3, 8, 2) and read.mean() < 0.5, "not upright, or 16 bits clipped to white"
     np.testing.assert_allclose(read[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lambda_vit_hf import AttentionRemoval, DilutionConfig, LambdaViTForImageClassification, SelectionConfig
+from lambda_vit_hf.models.families import family_class
 from lambda_vit_hf.training.removal import forget_removed_parameters
+from tests.conftest import TINY
 from tests.small_training import Blobs
 
 
@@ -91,7 +93,7 @@ def test_another_schedule_than_the_checkpoints_is_refused_before_or_after_loadin
         ({"removed_layers": {3, 1}}, [1, 3]),
         ({"removed_layers": np.array([1, 3])}, [1, 3]),
         ({"removed_layers": torch.tensor([1, 3])}, [1, 3]),
-        ({"removed_layers": (layer for layer in (1, 3))}, [1, 3]),
+        ({"removed_layers": {1: "one", 3: "three"}.keys()}, [1, 3]),
         ({"num_removed_layers": np.int64(0)}, 0),
         ({"num_removed_layers": np.int32(2)}, 2),
         ({"removal_ratio": np.float32(0.5)}, 0.5),
@@ -147,6 +149,21 @@ def test_a_rehearsal_leaves_the_model_as_it_was(model):
     AttentionRemoval(num_removed_layers=3).rehearse(model)
     assert model.config.removed_layers == [] and not model.config.fold_removed
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+FAMILIES = ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip_vision_model", "clip_vision_model"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_rehearses_and_is_removed_from(family):
+    shape = {name: value for name, value in TINY.items() if name != "num_labels"}
+    model = family_class(family, "ForImageClassification")(family_class(family, "Config")(**shape, num_labels=3))
+    removal = AttentionRemoval(removed_layers=[1, 3])
+    removal.choose(model)
+    removal.plan(total_steps=4)
+    removal.set_lambda(model, 3)
+    removal.finish(model)
+    assert model.config.removed_layers == [1, 3] and model.config.fold_removed
 
 
 class Adapted(nn.Linear):

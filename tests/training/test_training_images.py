@@ -67,7 +67,7 @@ def test_classes_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wish", "streaming", "said"),
+    ("options", "streaming", "said"),
     [
         (dict(auto_augment="rand-m9"), False, "random_resized_crop"),
         (dict(random_erasing=0.1), False, "random_resized_crop"),
@@ -77,6 +77,6 @@ def test_classes_can_be_named(tmp_path):
     ],
     ids=str,
 )
-def test_augmentations_that_exclude_each_other_are_refused(wish, streaming, said):
+def test_augmentations_that_exclude_each_other_are_refused(options, streaming, said):
     with pytest.raises(ValueError, match=said):
-        check_augmentation(AugmentationArguments(**wish), streaming)
+        check_augmentation(AugmentationArguments(**options), streaming)
