@@ -31,6 +31,7 @@ from lambda_vit_hf.training.finishing import finish_checkpoint
 from tests.end_to_end.test_training import run
 
 
+SECRET = "hf_" + "kept" * 8
 PICTURE = np.arange(300, dtype=np.uint8).reshape(10, 10, 3) * 7
 
 
@@ -44,7 +45,8 @@ class Kind:
 
 def make_folders(folder: Path) -> dict[str, Kind]:
     """A small training with an average of the weights; its last checkpoint, its model, and an export of that."""
-    run(folder / "run", "--ema_decay", "0.5", "--num_removed_layers", "2", "--base_num_train_epochs", "0.3")
+    options = ["--ema_decay", "0.5", "--base_num_train_epochs", "0.3", "--report_to", "tensorboard"]
+    run(folder / "run", *options, "--hub_token", SECRET)
     checkpoint = max((folder / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     model = AutoLambdaModelForImageClassification.from_pretrained(folder / "run").eval()
     export_for_serving(model, AutoImageProcessor.from_pretrained(folder / "run"), folder / "export")
