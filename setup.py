@@ -6,9 +6,9 @@ from setuptools import find_packages, setup
 CORE = [
     "torch>=2.11",
     "torchvision",
-    "transformers>=5.17,<6",
+    "transformers>=5.18,<6",
     "safetensors>=0.5",
-    "huggingface_hub>=1.0",
+    "huggingface_hub>=1.31",
     "Pillow",
     "numpy",
     "tqdm",

@@ -3,7 +3,7 @@
     python examples/plain_trainer.py                 # no download; a few minutes on a CPU
     python examples/plain_trainer.py --epochs 2
 
-For a model of yours, replace `small_vit()` by `AutoLambdaModelForImageClassification.from_pretrained(...)`, and the
+For a model of yours, replace `small_vit(...)` by `AutoLambdaModelForImageClassification.from_pretrained(...)`, and the
 digits by a dataset with the columns `image` and `label`.
 """
 
@@ -15,11 +15,12 @@ from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTConfig, LambdaV
 from lambda_vit_hf.data.folders import load_digits
 
 
-def small_vit() -> LambdaViTForImageClassification:
+def small_vit(classes: list[str]) -> LambdaViTForImageClassification:
     """12 layers of width 64 for digits of 8 x 8 pixels, not trained yet."""
     config = LambdaViTConfig(
         image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=256,
-        initializer_range=0.1, num_labels=10,
+        initializer_range=0.1, id2label=dict(enumerate(classes)),
+        label2id={name: index for index, name in enumerate(classes)},
     )  # fmt: skip
     return LambdaViTForImageClassification(config)
 
@@ -43,7 +44,7 @@ def main() -> None:
         return {**processor(images, return_tensors="pt"), "labels": rows["label"]}
 
     images = {name: split.with_transform(with_pixels) for name, split in splits.items()}
-    model = small_vit()
+    model = small_vit(splits["train"].features["label"].names)
 
     def train(*callbacks) -> Trainer:
         arguments = TrainingArguments(
@@ -67,7 +68,8 @@ def main() -> None:
     print(f"top-1: {before:.2%} with all attention, {after:.2%} without layers {trainer.model.config.removed_layers}")
     classifier = pipeline("image-classification", model=options.output_dir)
     first = splits["validation"][0]
-    print(f"the pipeline says {classifier(first['image'], top_k=1)}; it is a {first['label']}")
+    answer = classifier(first["image"], top_k=1)[0]
+    print(f"the pipeline says {answer['label']} (score {answer['score']:.3f}); it is a {first['label']}")
 
 
 if __name__ == "__main__":

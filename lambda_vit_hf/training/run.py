@@ -164,7 +164,7 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
         raise ValueError("timm's cosine warms up by --warmup_epochs: leave --warmup_steps out.")
     training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
     if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
+        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph
 
 
 def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrainingArguments) -> None:

@@ -76,7 +76,14 @@ def load_starting_model(
             raise ValueError(f"{type(stored).__name__} has no {' and '.join(unknown)}: leave that out.")
         model, is_new = _load(source, stored, model_args.ignore_mismatched_sizes, labels, given)
         processor = _load_processor(source, model_args.image_size)
-    return model, processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop), is_new
+    processor = processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop)
+    logger.info(
+        "Model: %s of %s; attention in %d of %d layers; images of %d x %d pixels; %s of %d classes.",
+        type(model).__name__, source or "random weights", len(model.config.kept_layers),
+        model.config.num_hidden_layers, *output_size(processor),
+        "a new classifier" if is_new else "the checkpoint's classifier", len(class_names),
+    )  # fmt: skip
+    return model, processor, is_new
 
 
 def _check_it_stays(source: Path, folder: OutputFolder) -> None:

@@ -108,3 +108,18 @@ def test_a_recipes_shape_is_not_put_on_a_checkpoint_of_the_command_line(named, t
     resized = parse_arguments(["digits", "--model_name_or_path", str(named), "--image_size", "32"], PROGRAM_ARGUMENTS)
     model, *_ = load_starting_model(resized[0], NAMES, OutputFolder(tmp_path / "out"), False)
     assert model.config.image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (NAMES, {}, "attention in 6 of 6 layers; images of 16 x 16 pixels; the checkpoint's classifier of 5 classes"),
+        (NAMES[:3], {"ignore_mismatched_sizes": True, "image_size": 32},
+         "images of 32 x 32 pixels; a new classifier of 3 classes"),
+    ],
+)  # fmt: skip
+def test_what_was_understood_is_said_before_training(named, tmp_path, caplog, names, options, said):
+    with caplog.at_level(logging.INFO, "lambda_vit_hf"):
+        load(named, names, tmp_path, **options)
+    assert f"Model: LambdaViTForImageClassification of {named}; " in caplog.text
+    assert said in caplog.text
