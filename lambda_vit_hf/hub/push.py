@@ -19,6 +19,8 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..models.checksums import check_checksums
+from ..models.families import load_as_saved
+from ..models.finite import check_finite
 
 
 class PushError(OSError):
@@ -95,6 +97,7 @@ def push_folder(
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
             infinite, or do not fit the config; if a lambda is not 1 (see `force`). Nothing was sent then.
         OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
+        FloatingPointError: if the model answers in NaN or infinity. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
 
     Example:
@@ -173,7 +176,7 @@ def is_for_the_hub(name: str) -> bool:
 
 
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
-    """The files of a model's folder that are for others, after a look at every weight. Raises as [`push_folder`]."""
+    """The files of a model's folder that are for others, once weights and answers were looked at. Raises as [`push_folder`]."""
     folder, diluted, kept = Path(folder), {}, set()
     check_checksums(folder, is_complete=False)
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
@@ -211,6 +214,7 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
             f"{folder} is not finished, lambda is not 1 in layers that still have attention: {diluted}. Train on, or"
             " call `remove_attention` and save again; `force=True` pushes it as it is."
         )
+    check_finite(load_as_saved(folder), f"The model in {folder}")
     return paths
 
 

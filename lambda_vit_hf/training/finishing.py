@@ -5,11 +5,12 @@ from pathlib import Path
 
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from ..hub.facts import ModelCardFacts, comparison_rows, final_evaluation, hub_base_model, model_size
 from ..hub.model_card import write_model_card
 from ..models.checksums import check_checksums, write_checksums
+from ..models.families import load_as_saved
 from ..models.finite import check_finite
 from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.select import AttentionSelection
@@ -58,7 +59,7 @@ def finish_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
         raise FileExistsError(f"{output_dir} is not empty: the finished model needs a folder of its own.")
     check_checksums(checkpoint)
     state, run, fold = _read_state(checkpoint)
-    selection, model = AttentionSelection.from_dict(run["selection"]), _load_model(checkpoint)
+    selection, model = AttentionSelection.from_dict(run["selection"]), load_as_saved(checkpoint)
     lambdas = model.attention_lambdas
     diluting = {layer: lambdas[layer] for layer in selection.layers if lambdas[layer]}
     if diluting:
@@ -100,13 +101,6 @@ def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool
     if not run.get("selection"):
         raise ValueError(f"{checkpoint} was written without EntropyGuidedRemovalCallback: nothing is to be removed.")
     return state, run, saved["args"].get("dilution", saved["args"])["fold"]
-
-
-def _load_model(checkpoint: Path) -> LambdaPreTrainedModel:
-    config = AutoConfig.from_pretrained(checkpoint)
-    # The Auto class under which the saved class is listed.
-    auto = next(name for name, kind in config.auto_map.items() if kind.endswith(f".{config.architectures[0]}"))
-    return getattr(transformers, auto).from_pretrained(checkpoint)
 
 
 def _take_average(model, checkpoint: Path, state) -> bool:

@@ -403,6 +403,15 @@ def test_a_hub_that_hangs_is_given_up_by_the_stated_limit(client, hub, folder):
     assert len(commits(hub)) == 1
 
 
+def test_a_model_that_answers_in_no_numbers_is_not_pushed(client, hub, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["vit.layers.1.mlp.fc1.weight"][:] = 3e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = push_fails(client, folder, error="FloatingPointError", force=True)
+    assert "gives NaN or infinity for an image" in message
+    assert hub.requests == []
+
+
 def test_a_damaged_folder_is_not_pushed(client, hub, folder):
     write_checksums(folder)
     weights = bytearray((folder / "model.safetensors").read_bytes())
