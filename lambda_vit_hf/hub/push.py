@@ -176,7 +176,7 @@ def is_for_the_hub(name: str) -> bool:
 
 
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
-    """The files of a model's folder that are for others, after a look at weights and answers. Raises as [`push_folder`]."""
+    """The files for others in a model's folder, after a look at weights and answers. Raises as [`push_folder`]."""
     folder, diluted, kept = Path(folder), {}, set()
     check_checksums(folder, is_complete=False)
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}

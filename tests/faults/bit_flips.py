@@ -1,8 +1,9 @@
-"""Single flipped bits, at random places, in every kind of folder that this package writes.
+"""Single flipped bits, and files cut short, at random places, in every kind of folder that this package writes.
 
     python -m tests.faults.bit_flips --flips 200 --seed 0
+    python -m tests.faults.bit_flips --flips 50 --cut --seed 0
 
-Each flip must be refused with the file's name, or change nothing: the same weights, the same answers, to the bit.
+Each must be refused with the file's name, or change nothing: the same weights, the same answers, to the bit.
 """
 
 import argparse
@@ -88,21 +89,24 @@ def read_export(folder: Path) -> bytes:
 
 
 @contextmanager
-def flipped(path: Path, place: int) -> Iterator[None]:
-    """Bit `place` of a file is the other one, for a while."""
+def damaged(path: Path, place: int, cut: bool) -> Iterator[None]:
+    """Bit `place` of a file is the other one, or the file ends there, for a while."""
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[place // 8] ^= 1 << place % 8
-    path.write_bytes(damaged)
+    content = bytearray(whole)
+    if cut:
+        del content[place // 8 :]
+    else:
+        content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
     try:
         yield
     finally:
         path.write_bytes(whole)
 
 
-def flip_and_read(kind: Kind, expected: bytes, path: Path, place: int) -> str:
-    """What came of one flip: `refused by name`, `harmless`, or `WRONG` and why."""
-    with flipped(path, place):
+def damage_and_read(kind: Kind, expected: bytes, path: Path, place: int, cut: bool) -> str:
+    """What came of it: `refused by name`, `harmless`, or `WRONG` and why."""
+    with damaged(path, place, cut):
         try:
             found = kind.read(kind.folder)
         except Exception as error:  # of any type: the message is judged
@@ -110,16 +114,16 @@ def flip_and_read(kind: Kind, expected: bytes, path: Path, place: int) -> str:
     return "harmless" if found == expected else "WRONG: other bits out"
 
 
-def flip_everywhere(kinds: dict[str, Kind], num_flips: int, seed: int) -> dict[str, Counter]:
-    """`num_flips` in each kind of folder: a file at random, then a bit in it at random."""
+def damage_everywhere(kinds: dict[str, Kind], number: int, seed: int, cut: bool = False) -> dict[str, Counter]:
+    """So many flips, or cuts, in each kind of folder: a file at random, then a bit in it at random."""
     generator, outcomes = random.Random(seed), {}
     for name, kind in kinds.items():
         files = sorted(path for path in kind.folder.iterdir() if path.is_file() and path.stat().st_size)
         expected, outcomes[name] = kind.read(kind.folder), Counter()
-        for _ in range(num_flips):
+        for _ in range(number):
             path = generator.choice(files)
             place = generator.randrange(8 * path.stat().st_size)
-            outcome = flip_and_read(kind, expected, path, place)
+            outcome = damage_and_read(kind, expected, path, place, cut)
             outcomes[name][outcome.partition(":")[0]] += 1
             if outcome.startswith("WRONG"):
                 print(f"{name}: bit {place} of {path.name}: {outcome}", file=sys.stderr)
@@ -129,13 +133,14 @@ def flip_everywhere(kinds: dict[str, Kind], num_flips: int, seed: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=200, help="in each kind of folder")
+    parser.add_argument("--cut", action="store_true", help="cut files short instead")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             kinds = make_folders(Path(folder))
         PIL.Image.fromarray(PICTURE).save(Path(folder, "picture.png"))
-        outcomes = flip_everywhere(kinds, arguments.flips, arguments.seed)
+        outcomes = damage_everywhere(kinds, arguments.flips, arguments.seed, arguments.cut)
     print(f"seed {arguments.seed}\n{'folder':<18}{'flips':>7}{'refused by name':>18}{'harmless':>10}{'WRONG':>7}")
     for name, counts in outcomes.items():
         refused, harmless, wrong = (counts[outcome] for outcome in ("refused by name", "harmless", "WRONG"))

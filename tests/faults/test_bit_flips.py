@@ -1,10 +1,10 @@
-"""A few of the random bit flips of `bit_flips.py`, at other places in each run; the seed is printed."""
+"""A little of the random damage of `bit_flips.py`, at other places in each run; the seed is printed."""
 
 import random
 
 import pytest
 
-from tests.faults.bit_flips import SECRET, flip_everywhere, make_folders, read_export, read_model
+from tests.faults.bit_flips import SECRET, damage_everywhere, make_folders, read_export, read_model
 
 
 @pytest.fixture(scope="module")
@@ -12,10 +12,11 @@ def kinds(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("flips"))
 
 
-def test_flipped_bits_are_refused_by_name_or_harmless(kinds):
+@pytest.mark.parametrize("cut", [False, True], ids=["flipped bits", "files cut short"])
+def test_damage_anywhere_is_refused_by_name_or_harmless(kinds, cut):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    outcomes = flip_everywhere(kinds, 8, seed)
+    outcomes = damage_everywhere(kinds, 8, seed, cut)
     assert {outcome for counts in outcomes.values() for outcome in counts} <= {"refused by name", "harmless"}
     assert all(counts["refused by name"] for counts in outcomes.values())
 
