@@ -2,15 +2,22 @@
 
 import json
 import logging
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.models.checksums import write_checksums
 from lambda_vit_hf.training.checkpoints import find_resumable_checkpoint, what_is_broken
+from lambda_vit_hf.training.trainer_mixin import LambdaViTTrainer
+from tests.conftest import TINY, in_two_processes
+from tests.small_training import make_trainer
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -172,3 +179,49 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_file_is_named(tmp_pa
     flip_a_bit(tmp_path / "checkpoint-10" / "model.safetensors", -9)
     assert find_resumable_checkpoint(tmp_path).name == "checkpoint-5"
     assert "checkpoint-10" in caplog.text and "model.safetensors" in caplog.text
+
+
+class SlowSecondProcess(LambdaViTTrainer):
+    def _save_rng_state(self, output_dir):
+        time.sleep(self.args.process_index)
+        super()._save_rng_state(output_dir)
+
+
+class Look(TrainerCallback, ExportableState):
+    """Which random states are there just before `trainer_state.json` is written."""
+
+    def __init__(self, folder: str):
+        self.folder, self.seen = folder, []
+
+    def state(self):
+        self.seen = sorted(path.name for path in Path(self.folder).rglob("rng_state*"))
+        return {"args": {}, "attributes": {}}
+
+
+def train_slowly(folder: str, rank: int) -> list[str]:
+    look = Look(folder)
+    model = LambdaViTForImageClassification(LambdaViTConfig(**TINY))
+    options = dict(save_strategy="steps", save_steps=2, max_steps=2)
+    make_trainer(model, folder, [look], kind=SlowSecondProcess, **options).train()
+    return look.seen
+
+
+def test_in_two_processes_a_checkpoint_is_whole_only_with_both_random_states(tmp_path):
+    assert in_two_processes(train_slowly, str(tmp_path))[0] == ["rng_state_0.pth", "rng_state_1.pth"]
+    listed = (tmp_path / "checkpoint-2" / "SHA256SUMS").read_text()
+    assert "rng_state_0.pth" in listed and "rng_state_1.pth" in listed
+
+
+def test_resume_true_takes_the_newest_whole_checkpoint(model, tmp_path, caplog):
+    options = dict(save_strategy="steps", save_steps=4, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [], **options).train()
+    flip_a_bit(tmp_path / "checkpoint-12" / "optimizer.pt", 1000)
+    make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=True)
+    assert "checkpoint-12: optimizer.pt: not the content" in caplog.text
+    assert what_is_broken(tmp_path / "checkpoint-12") is None, "it should be written anew, from checkpoint-8 on"
+    for step in (4, 8, 12):
+        flip_a_bit(tmp_path / f"checkpoint-{step}" / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=True)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
