@@ -17,6 +17,7 @@ TRAIN = [
     "accelerate>=1.10",
     "datasets>=4.0",
     "evaluate>=0.4.3",
+    "filelock>=4.0",
     "Jinja2>=3.1",
     "matplotlib>=3.8",
     "PyYAML",

@@ -126,7 +126,7 @@ def _source(item):
     return item
 
 
-# From here to `_eight_bits`, export/onnx_serving.py carries a copy: an exported folder is served without this package.
+# An exported folder carries this file: what serving needs of it imports numpy and Pillow only.
 
 
 def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:

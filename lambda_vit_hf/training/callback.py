@@ -13,6 +13,7 @@ from ..evaluation.plotting import plot_layer_entropies
 from ..hub.facts import facts_of_training, final_evaluation, last_evaluation, model_size
 from ..hub.model_card import write_model_card
 from ..hub.push import keep_back_private_files
+from ..models.checksums import write_checksums
 from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
@@ -172,8 +173,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self._forget_best_while_diluting(model, state)
-        if state.is_world_process_zero and self.selection is not None and not self.removal.is_done(model):
-            tell_how_to_finish(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.removal, model)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not checkpoint.is_dir():
+            return
+        if self.selection is not None and not self.removal.is_done(model):
+            tell_how_to_finish(checkpoint, self.removal, model)
+        write_checksums(checkpoint)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.selection is None or logs is None:

@@ -41,9 +41,9 @@ from tests.conftest import REMOVED, TINY, checkpoint_activations, perturb
 
 KEPT = [1, 3, 4]
 CODE = [
-    "attention.py", "attention_removal.py", "blocks.py", "configuration_lambda_vit.py", "configuration_removal.py",
-    "features.py", "folding.py", "image_size.py", "inference.py", "loading.py", "modeling_lambda_vit.py",
-    "pretrained_model.py", "token_merging.py",
+    "attention.py", "attention_removal.py", "blocks.py", "checksums.py", "configuration_lambda_vit.py",
+    "configuration_removal.py", "features.py", "finite.py", "folding.py", "image_size.py", "inference.py",
+    "loading.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
 ]  # fmt: skip
 
 
