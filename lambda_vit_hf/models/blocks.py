@@ -140,8 +140,10 @@ class RemovableAttention:
         return mixed
 
     def _weigh_by_lambda(self, hidden_states: torch.Tensor, branch: torch.Tensor, state: str) -> torch.Tensor:
-        # A compiled graph takes the general form, which is right for every lambda: it must not read the buffer.
-        if state == "kept" and not _is_compiling():
+        # A graph must not read the buffer, so it takes the general form, which is right for every lambda; but for a
+        # model that is prepared for inference: its lambda cannot change any more.
+        is_fixed = not torch.compiler.is_compiling() or hasattr(self._part("attention"), "qkv_proj")
+        if state == "kept" and is_fixed:
             return branch + hidden_states
         return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
 
@@ -236,10 +238,6 @@ def note_attention_state(layer: RemovableAttention, value=None) -> None:
 
 def _state_at(value: float) -> str:
     return "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class _WithoutGradient(torch.autograd.Function):
