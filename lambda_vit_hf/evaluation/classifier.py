@@ -28,4 +28,8 @@ def load_classifier(
         raise ValueError(
             f"{name_or_path} lacks {len(random)} weights, which would be random: {random[:5]}. Train it first."
         )
+    if getattr(model, "newly_initialized_head", False):
+        raise ValueError(
+            f"The class head of {name_or_path} was saved before any training: it is random. Train it first."
+        )
     return model.eval()
