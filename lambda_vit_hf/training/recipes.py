@@ -44,9 +44,12 @@ def read_recipe(path: Path) -> dict:
     Fields and values of a recipe's file.
 
     Raises:
-        ValueError: if the file is not a mapping.
+        ValueError: if the file is no YAML, or not a mapping.
     """
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
     return recipe
