@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.blocks import note_attention_state
-
 
 TOLERANCE = 1e-3
 
@@ -69,10 +67,10 @@ def export_onnx(model: nn.Module, path: str | Path, images: torch.Tensor | None 
             logit differs by more than 1e-3 (relative to logits over 1; float16: 3e-2). The file is not left behind.
     """
     _check_exportable(model)
-    _note_lambdas(model)
     if next(model.parameters()).dtype == torch.bfloat16:
         raise ValueError("An ONNX model in bfloat16 cannot be fed from numpy: export in float32 or float16.")
     images = images_for(model, images)
+    _try(model, images)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         # The exporter's own housekeeping, on every call: https://github.com/pytorch/pytorch/issues/146830
@@ -148,7 +146,7 @@ def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | No
 
 def exported_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
     """The model as a `torch.export` program from `pixel_values` to logits, for any batch size."""
-    _note_lambdas(model)
+    _try(model, images)
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         return torch.export.export(LogitsOnly(model).eval(), (_example(images),), dynamic_shapes=shapes)
@@ -175,10 +173,13 @@ def _check_exportable(model: nn.Module) -> None:
         raise ValueError("The class head of this model is new: its logits would be random. Train it, then export.")
 
 
-def _note_lambdas(model: nn.Module) -> None:
-    """The exporter cannot read lambda, which may have been changed in its buffer since the last call."""
-    for layer in getattr(model, "encoder_layers", ()):
-        note_attention_state(layer)
+def _try(model: nn.Module, images: torch.Tensor) -> None:
+    """
+    One plain call before the exporter's: images that do not fit are refused in plain words, and layers note a lambda
+    that was changed in its buffer, which the exporter cannot read.
+    """
+    with torch.no_grad():
+        model(_example(images))
 
 
 def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:
