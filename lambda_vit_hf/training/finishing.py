@@ -98,8 +98,12 @@ def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool
 
 def _load_model(checkpoint: Path) -> LambdaPreTrainedModel:
     config = AutoConfig.from_pretrained(checkpoint)
+    saved = (config.architectures or [""])[0]
     # The Auto class under which the saved class is listed.
-    auto = next(name for name, kind in config.auto_map.items() if kind.endswith(f".{config.architectures[0]}"))
+    known = getattr(config, "auto_map", {}).items()
+    auto = next((name for name, kind in known if kind.endswith(f".{saved}")), None)
+    if auto is None:
+        raise ValueError(f"{checkpoint / 'config.json'} is not as a model of this package writes it: no `auto_map`.")
     return getattr(transformers, auto).from_pretrained(checkpoint)
 
 

@@ -79,6 +79,16 @@ def test_what_is_no_checkpoint_of_a_removal_is_refused(model, tmp_path):
     assert not output.exists()
 
 
+def test_a_config_that_names_no_class_of_this_package_is_refused(model, tmp_path):
+    train(model, tmp_path)
+    path = tmp_path / "checkpoint-12" / "config.json"
+    config = json.loads(path.read_text())
+    del config["auto_map"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no `auto_map`"):
+        finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
+
+
 def test_a_checkpoint_that_lost_its_average_is_refused(model, tmp_path):
     train(model, tmp_path, [EmaCallback(0.9)])
     (tmp_path / "checkpoint-12" / "ema.safetensors").unlink()
