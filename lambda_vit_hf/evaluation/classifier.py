@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..models.families import read_config_dict
+
 
 def load_classifier(
     name_or_path: str, dtype: torch.dtype = torch.float32, model_class: type = AutoModelForImageClassification
@@ -16,9 +18,11 @@ def load_classifier(
         model_class (`type`, *optional*, defaults to `AutoModelForImageClassification`): what loads it.
 
     Raises:
+        OSError: if there is no such checkpoint.
         ValueError: if a weight is missing from the checkpoint or has another shape, such as those of a class head
             that was never trained: it would be random.
     """
+    read_config_dict(name_or_path)
     # Mismatches are listed instead of raised, to name them below.
     model, info = model_class.from_pretrained(
         name_or_path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -27,5 +31,9 @@ def load_classifier(
     if random:
         raise ValueError(
             f"{name_or_path} lacks {len(random)} weights, which would be random: {random[:5]}. Train it first."
+        )
+    if getattr(model, "newly_initialized_head", False):
+        raise ValueError(
+            f"The class head of {name_or_path} was saved before any training: it is random. Train it first."
         )
     return model.eval()

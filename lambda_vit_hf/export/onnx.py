@@ -70,6 +70,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: torch.Tensor | None 
     if next(model.parameters()).dtype == torch.bfloat16:
         raise ValueError("An ONNX model in bfloat16 cannot be fed from numpy: export in float32 or float16.")
     images = images_for(model, images)
+    _try(model, images)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         # The exporter's own housekeeping, on every call: https://github.com/pytorch/pytorch/issues/146830
@@ -147,6 +148,7 @@ def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | No
 
 def exported_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
     """The model as a `torch.export` program from `pixel_values` to logits, for any batch size."""
+    _try(model, images)
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         return torch.export.export(LogitsOnly(model).eval(), (_example(images),), dynamic_shapes=shapes)
@@ -173,6 +175,15 @@ def _check_exportable(model: nn.Module) -> None:
         raise ValueError("Export a model in eval mode: call `model.eval()` first.")
     if getattr(model, "newly_initialized_head", False):
         raise ValueError("The class head of this model is new: its logits would be random. Train it, then export.")
+
+
+def _try(model: nn.Module, images: torch.Tensor) -> None:
+    """
+    One plain call before the exporter's: images that do not fit are refused in plain words, and layers note a lambda
+    that was changed in its buffer, which the exporter cannot read.
+    """
+    with torch.no_grad():
+        model(_example(images))
 
 
 def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:

@@ -84,7 +84,8 @@ def push_folder(
         revision (`str`, *optional*, defaults to `"main"`): Branch; created if it does not exist.
         commit_message (`str`, *optional*, defaults to `"Upload LambdaViT"`): First line of the commit's message.
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead.
-        force (`bool`, *optional*, defaults to `False`): Push even if lambda is not 1 where attention is left.
+        force (`bool`, *optional*, defaults to `False`): Push even if lambda is not 1 where attention is left, or the
+            class head was never trained.
         dry_run (`bool`, *optional*, defaults to `False`): Check the folder and list the files, without any request.
         max_attempts (`int`, *optional*, defaults to 5): How often to try when the Hub is busy (409 "another
             conflicting operation", 412, 429, 500, 502, 503, 504) or the connection breaks; 401 and 403 are final.
@@ -95,7 +96,8 @@ def push_folder(
 
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
-            infinite, or do not fit the config; if a lambda is not 1 (see `force`). Nothing was sent then.
+            infinite, or do not fit the config; if a lambda is not 1 or the head is new (see `force`). Nothing was sent
+            then.
         OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
         FloatingPointError: if the model answers in NaN or infinity. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
@@ -208,6 +210,11 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
         raise ValueError(
             f"{folder} mixes two models: its weights have attention in layers {sorted(kept)}, but the"
             f" `attention_flags` of config.json are {flags}. Save the model again."
+        )
+    if config.get("newly_initialized_head") and not force:
+        raise ValueError(
+            f"The class head of {folder} was saved before any training: it is random. Train it, or push with"
+            " `force=True`."
         )
     if diluted and not force:
         raise ValueError(

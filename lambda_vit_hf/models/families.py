@@ -6,6 +6,7 @@ This file does not travel with saved models: it knows all families.
 from importlib import import_module
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     CONFIG_MAPPING,
     AutoBackbone,
@@ -100,6 +101,26 @@ def register_auto_classes() -> None:
     AutoModelForImageClassification._model_mapping.register(deit.LambdaDeiTConfig, classes, exist_ok=True)
 
 
+def read_config_dict(name_or_path: str | Path, **of_hub) -> dict:
+    """
+    What a checkpoint's config.json says.
+
+    Raises:
+        OSError: if there is none, naming the checkpoint, which transformers' own message does not always.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **of_hub)
+    except HFValidationError as error:
+        raise OSError(f"There is no folder {name_or_path}, and it is no id of the Hub either.") from error
+    except OSError as error:
+        raise OSError(
+            f"{name_or_path} is no folder with a model, nor could it be had from the Hub: {error}"
+        ) from error
+    if "model_type" not in config:
+        raise OSError(f"{name_or_path} is no model: it has no config.json with a `model_type`.")
+    return config
+
+
 class _AutoLambdaModel:
     """`from_pretrained` of whichever family a checkpoint is of."""
 
@@ -131,8 +152,8 @@ class _AutoLambdaModel:
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         check_checksums(folder, is_complete=False, names=["config.json"])
         of_hub = {name: kwargs[name] for name in names if name in kwargs}
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **of_hub)
-        model_class = family_class(config.get("model_type", "unknown"), cls._kind)
+        config = read_config_dict(pretrained_model_name_or_path, **of_hub)
+        model_class = family_class(config["model_type"], cls._kind)
         # A DeiT with both heads is a class of its own.
         architecture = (config.get("architectures") or [""])[0].removeprefix("Lambda")
         if cls._kind == "ForImageClassification" and architecture.endswith("ForImageClassificationWithTeacher"):

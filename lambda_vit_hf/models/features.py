@@ -22,9 +22,9 @@ class FeaturesMixin:
     @property
     def newly_initialized_head(self) -> bool:
         """Whether the class head is random: its weights were not in the checkpoint, nor have they been trained."""
+        parameters = dict(self.named_parameters())
         drawn = getattr(self, "_drawn_heads", {})
-        weights = {name: self.get_parameter(name).detach().cpu() for name in drawn}
-        return any(torch.equal(weights[name], value.to(weights[name].dtype)) for name, value in drawn.items())
+        return any(name in parameters and _is_same(parameters[name], value) for name, value in drawn.items())
 
     @newly_initialized_head.setter
     def newly_initialized_head(self, value: bool) -> None:
@@ -78,3 +78,10 @@ class FeaturesMixin:
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits `(batch, classes)` of what the class head reads."""
         return self.classifier(features)
+
+
+def _is_same(weight: torch.Tensor, drawn: torch.Tensor) -> bool:
+    """Whether a weight is what was drawn; it may have been rounded since (`model.half().float()`)."""
+    weight = weight.detach().cpu()
+    kinds = (weight.dtype, torch.float16, torch.bfloat16)
+    return any(torch.equal(weight.to(kind), drawn.to(kind)) for kind in kinds)

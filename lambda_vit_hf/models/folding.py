@@ -42,9 +42,13 @@ def check_layer_indices(layers: Iterable[int], num_layers: int) -> list[int]:
 
 def _as_index(layer) -> int:
     """An `int` of any integer, numpy's too."""
-    if isinstance(layer, bool) or not hasattr(type(layer), "__index__"):
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        index = None
+    if index is None or isinstance(layer, bool):
         raise ValueError(f"`layers` must hold integers, got {layer!r}.")
-    return operator.index(layer)
+    return index
 
 
 def residual_scales(attention_flags: Sequence[bool], exponent: int = 0) -> list[float]:

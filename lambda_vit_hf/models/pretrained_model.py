@@ -34,6 +34,9 @@ from .loading import (
 from .token_merging import TokenFlow
 
 
+_NEW_HEAD = "newly_initialized_head"  # in config.json
+
+
 class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin):
     """
     Mixin in front of a family's `...PreTrainedModel` of transformers.
@@ -88,7 +91,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         self._check_not_prepared()
         old = self.config.token_merging_r, self.config.token_merging_start
         try:
-            self.config.token_merging_r, self.config.token_merging_start = r, start
+            self.config.token_merging_r, self.config.token_merging_start = _plain_integers(r), _plain_integers(start)
             self.config.validate_token_merging()
             self._check_merging_is_possible()
         except (ValueError, StrictDataclassError) as error:
@@ -109,7 +112,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
             ValueError: if the family cannot take this size. The model is unchanged then.
         """
         self._check_not_prepared()
-        self._fit_image_size(self.base_model.embeddings, self.config, image_size)
+        self._fit_image_size(self.base_model.embeddings, self.config, _plain_integers(image_size))
 
     def _check_merging_is_possible(self) -> None:
         if any(self.config.token_merging_schedule()) and not self._can_merge_tokens:
@@ -218,6 +221,8 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         for layer in self.encoder_layers:
             note_attention_state(layer)
         drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        if vars(self.config).pop(_NEW_HEAD, False):  # drawn by the model that was saved
+            drawn = [name for name, _ in self.named_parameters()]
         drawn = [key for key in drawn if key.endswith("classifier.weight")]
         self._drawn_heads = {key: self.get_parameter(key).detach().cpu().clone() for key in drawn}
 
@@ -240,6 +245,9 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
                 f"`config.attention_flags` is {self.config.attention_flags}, but attention exists in {flags}."
                 " Use `remove_attention` instead of editing the config."
             )
+        vars(self.config).pop(_NEW_HEAD, None)
+        if self.newly_initialized_head:  # so that who loads it knows, too
+            setattr(self.config, _NEW_HEAD, True)
         module = type(self).__module__.rsplit(".", 1)[-1]
         self.config.auto_map = {name: f"{module}.{class_name}" for name, class_name in self._auto_classes.items()}
         super().save_pretrained(
@@ -253,3 +261,9 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         """As [`PreTrainedModel.push_to_hub`]; ValueError while lambda is not 1 in a layer that has attention."""
         check_finished(self.attention_lambdas)
         return super().push_to_hub(repo_id, *args, **kwargs)
+
+
+def _plain_integers(value):
+    """Numbers and lists of Python's own, of numpy's or torch's, as config.json can hold them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain_integers(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -115,7 +115,10 @@ class CalibrationBatches:
         picture = item.get("image") if isinstance(item, Mapping) and "pixel_values" not in item else item
         if isinstance(picture, PIL.Image.Image) or (isinstance(picture, Mapping) and "bytes" in picture):
             if self.image_processor is None:
-                raise TypeError("Calibration images are pictures: pass the model's `image_processor` too.")
+                raise TypeError(
+                    "Calibration images are pictures: pass the model's `image_processor` too (to a Trainer, as its"
+                    " `processing_class`)."
+                )
             return self.image_processor(decode_image(picture), return_tensors="pt")["pixel_values"][0]
         try:
             return torch.as_tensor(item["pixel_values"])

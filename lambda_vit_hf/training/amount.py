@@ -96,6 +96,10 @@ def _plain_layers(values) -> list[int]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"`removed_layers` must be a list of 0-based layer indices, got {values!r}.")
     values = list(values)
-    if not all(hasattr(type(value), "__index__") and not isinstance(value, bool) for value in values):
+    try:
+        plain = [operator.index(value) for value in values]  # arrays, too, say only here that they are no integers
+    except TypeError:
+        plain = None
+    if plain is None or any(isinstance(value, bool) for value in values):
         raise ValueError(f"`removed_layers` must hold integers, got {values}.")
-    return sorted(operator.index(value) for value in values)
+    return sorted(plain)

@@ -21,14 +21,14 @@ def images_of_training(train_dataloader: DataLoader, size: int | None, columns_a
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError("A streamed training set cannot be sampled: pass `calibration_dataset`.")
     if columns_are_removed:
-        _check_first(dataset)
+        _check_first(dataset, train_dataloader.collate_fn)
     images = Subset(dataset, evenly_spaced(len(dataset), size))
     return _SameEveryPass(DataLoader(images, batch_size=64, collate_fn=train_dataloader.collate_fn))
 
 
-def _check_first(dataset) -> None:
+def _check_first(dataset, collate) -> None:
     try:
-        dataset[0]
+        collate([dataset[0]])
     except KeyError as error:
         raise ValueError(
             f"The training images lack the column {error}: the Trainer takes out what the model's forward does not"

@@ -51,8 +51,8 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         num_removed_layers (`int`, *optional*): how many; or
         removed_layers (`list[int]`, *optional*): which, 0-based.
         calibration_dataset (*optional*):
-            Images to select on, in any form [`CalibrationBatches`] takes, without random augmentation. Default: the
-            training images as training sees them, at a fixed random state.
+            Images to select on, in any form [`CalibrationBatches`] takes, not augmented; pictures go through the
+            `processing_class`. Default: the training images as training sees them, at a fixed random state.
         selection ([`SelectionConfig`], *optional*): how layers are chosen. Its default takes the Trainer's seed.
         dilution ([`DilutionConfig`], *optional*): how lambda falls, and whether the result is folded.
         options: fields of the two, by themselves: `calibration_size`, `strategy`, `output`, `mask`, `compare`;
@@ -129,23 +129,24 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             self.removal.rehearse(model)
             check_model_is_whole(model, args, type(self).__name__)
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, model=model)
         self.facts = {}
         self._check_alone(state)
         removal = self.removal
+        if state.global_step > 0:
+            checkpointed = self._checkpointed(state)
+            if not removal.is_done(model):
+                removal.load_state_dict(checkpointed)
+            removal.check_same_layers(model, checkpointed)
         if removal.is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", removal.selection.layers)
             return
-        if state.global_step > 0:
-            removal.load_state_dict(self._checkpointed(state))
-            if removal.is_done(model):
-                return
         removal.plan(state.max_steps, _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps))
         if state.global_step > 0:
             removal.check_restored(model, state.global_step)
         else:
-            self._choose(args, state, model, train_dataloader)
+            self._choose(args, state, model, train_dataloader, processing_class)
         self._forget_best_while_diluting(model, state)
         removal.set_lambda(model, state.global_step)
 
@@ -251,12 +252,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
                 " not of the final weights. Call `trainer.evaluate()` first, or use LambdaViTTrainer."
             )
 
-    def _choose(self, args, state, model, train_dataloader) -> None:
+    def _choose(self, args, state, model, train_dataloader, image_processor) -> None:
         removal, images = self.removal, self.calibration_dataset
         if images is None and removal.amount.removed_layers is None:
             size = removal.selection_config.calibration_size
             images = images_of_training(train_dataloader, size, args.remove_unused_columns)
-        removal.choose(model, images, seed=args.seed if self._takes_seed_of_trainer else None)
+        removal.choose(model, images, args.seed if self._takes_seed_of_trainer else None, image_processor)
         if state.is_world_process_zero:
             self._report_choice(Path(args.output_dir))
 

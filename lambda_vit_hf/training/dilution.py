@@ -46,6 +46,8 @@ class DilutionConfig:
     fold: bool = True
 
     def __post_init__(self):
+        if isinstance(self.fold, str):
+            raise ValueError(f"`fold` must be True or False, got {self.fold!r}.")  # bool("false") is True
         for name, kind in (("schedule", str), ("hold_share", float), ("granularity", str), ("fold", bool)):
             object.__setattr__(self, name, kind(getattr(self, name)))  # a numpy value would not go into JSON
         for name, allowed in (("schedule", sorted(SCHEDULES)), ("granularity", list(GRANULARITIES))):

@@ -44,10 +44,13 @@ def read_recipe(path: Path) -> dict:
     Fields and values of a recipe's file.
 
     Raises:
-        ValueError: if the file is not a mapping, or names a field twice.
+        ValueError: if the file is no YAML, not a mapping, or names a field twice.
     """
-    with path.open(encoding="utf-8") as file:
-        recipe = yaml.load(file, Loader=_Loader)
+    try:
+        with path.open(encoding="utf-8") as file:
+            recipe = yaml.load(file, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
     return recipe

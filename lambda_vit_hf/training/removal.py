@@ -82,6 +82,7 @@ class AttentionRemoval:
         self.schedule: DilutionSchedule | None = None
         self._lambda: float | None = None  # set last
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
+        self._is_removed = False
 
     def settings(self) -> dict:
         """The arguments as plain values, JSON-serialisable."""
@@ -92,7 +93,9 @@ class AttentionRemoval:
         """ValueError where removal or folding would fail at the end of training; see [`rehearse_removal`]."""
         rehearse_removal(model, self.amount, self.dilution_config.fold)
 
-    def choose(self, model: LambdaPreTrainedModel, images=None, seed: int | None = None) -> AttentionSelection:
+    def choose(
+        self, model: LambdaPreTrainedModel, images=None, seed: int | None = None, image_processor=None
+    ) -> AttentionSelection:
         """
         Choose the layers, by the present weights. In a distributed run every process must call it.
 
@@ -101,6 +104,7 @@ class AttentionRemoval:
             images (*optional*): to measure on, as [`select_attention_layers`] takes them; not read if the layers are
                 given.
             seed (`int`, *optional*): in place of the one of the selection's configuration.
+            image_processor (*optional*): of Hugging Face, where `images` are pictures.
 
         Raises:
             ValueError: if removal cannot work (see `rehearse`), or the model is being diluted already.
@@ -113,7 +117,7 @@ class AttentionRemoval:
         if seed is not None:
             config = dataclasses.replace(config, seed=seed)
         fit_to_model(config, model)
-        self._lambda = None
+        self._lambda, self._is_removed = None, False
         if self.amount.removed_layers is not None:
             self.selection = AttentionSelection(list(self.amount.removed_layers))
             return self.selection
@@ -124,6 +128,7 @@ class AttentionRemoval:
                 num_removed_layers=self.amount.num_removed_layers,
                 removal_ratio=self.amount.removal_ratio,
                 selection=config,
+                image_processor=image_processor,
             )
         return self.selection
 
@@ -197,6 +202,7 @@ class AttentionRemoval:
         model.remove_attention(self.selection.layers)
         if self.dilution_config.fold:
             model.fold_removed_attention()
+        self._is_removed = True
         if optimizer is not None:
             forget_removed_parameters(optimizer, model)
         check_finite(model, "the trained model")
@@ -207,6 +213,7 @@ class AttentionRemoval:
             "settings": self.settings(),
             "selection": self.selection and self.selection.to_dict(),
             "dilution": self.schedule and dataclasses.asdict(self.schedule),
+            "is_removed": self._is_removed,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -227,13 +234,28 @@ class AttentionRemoval:
             self._check_schedule(now=self.schedule, checkpoint=schedule)
         self.schedule, self._is_restored = schedule, True
         self.selection = AttentionSelection.from_dict(state["selection"])
-        self._lambda = None
+        self._lambda, self._is_removed = None, state.get("is_removed", False)
 
     def _check_schedule(self, now: DilutionSchedule, checkpoint: DilutionSchedule) -> None:
         if now != checkpoint:
             raise ValueError(
                 "This run's lambda schedule differs from the checkpoint's; lambda would jump."
                 f" Now: {dataclasses.asdict(now)}; checkpoint: {dataclasses.asdict(checkpoint)}."
+            )
+
+    def check_same_layers(self, model: LambdaPreTrainedModel, state: dict) -> None:
+        """
+        The chosen layers must be removed in the model if, and only if, they were in the checkpoint with this state:
+        the Trainer loads what fits, and a folded model would go on with weights that are not folded.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if state.get("is_removed", self.is_done(model)) != self.is_done(model):
+            when, has = ("after", "has it still") if state["is_removed"] else ("before", "has none there")
+            raise ValueError(
+                f"The checkpoint was written {when} the attention of layers {self.selection.layers} was removed, but"
+                f" this model {has}: load the model from the checkpoint, then resume with it in a new Trainer."
             )
 
     def check_restored(self, model: LambdaPreTrainedModel, step: int) -> None:

@@ -118,6 +118,9 @@ def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, give
             )
         # A new classifier knows nothing yet: neither entropy nor the accuracy before removal would mean anything.
         return model, True
+    if model.newly_initialized_head:
+        logger.warning("The classifier of %s was never trained: this is done first.", source)
+        return model, True
     _compare_names(source, stored.id2label, labels["id2label"])
     return model, False
 

@@ -10,6 +10,7 @@ from lambda_vit_hf.export.onnx import (
     compare_onnx,
     export_onnx,
     export_program,
+    exported_program,
     quantize_onnx,
 )
 from tests.conftest import TINY, perturb
@@ -130,3 +131,18 @@ def _graph(path):
     import onnx
 
     return onnx.load(path).graph
+
+
+def test_a_lambda_that_was_changed_in_its_buffer_is_exported(model, tmp_path, pixel_values):
+    model(pixel_values)
+    for index in REMOVED:
+        model.encoder_layers[index].attention_lambda.fill_(0.0)
+    exported = exported_program(model, pixel_values).module()
+    assert torch.allclose(exported(pixel_values), model(pixel_values).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("export_to", [export_onnx, export_program])
+def test_images_of_another_size_are_refused_in_plain_words(model, tmp_path, export_to):
+    with pytest.raises(ValueError, match=r"24\*24.*16\*16"):
+        export_to(model, tmp_path / "model.onnx", torch.zeros(2, 3, 24, 24))
+    assert not list(tmp_path.glob("model.onnx"))

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lambda_vit_hf import LambdaViTForImageClassification
+from lambda_vit_hf.hub.push import push_folder
 from lambda_vit_hf.models.checksums import write_checksums
 from tests.hub_server import TOKEN, Fault, HubServer
 from tests.models.test_loading_and_saving import CODE
@@ -465,6 +467,14 @@ def test_an_unfinished_model_is_refused_before_any_request_unless_forced(client,
     assert hub.requests == []
     push(client, tmp_path, force=True)
     assert len(commits(hub)) == 1
+
+
+def test_a_head_that_was_never_trained_is_refused_unless_forced(vit_folder, tmp_path):
+    model = LambdaViTForImageClassification.from_pretrained(vit_folder, num_labels=3, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "new")
+    with pytest.raises(ValueError, match="saved before any training"):
+        push_folder(tmp_path / "new", "tester/tiny", dry_run=True)
+    assert push_folder(tmp_path / "new", "tester/tiny", dry_run=True, force=True).files
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

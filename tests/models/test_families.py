@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 import lambda_vit_hf
 from lambda_vit_hf import AutoLambdaModel, AutoLambdaModelForImageClassification
+from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.models.families import FAMILIES, family_class
 from tests.conftest import perturb
 
@@ -266,6 +267,17 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`dinov2`"):
         AutoLambdaModelForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("/no/such/model", "no folder"), ("outputs/no-model", "no folder"), ("", "no config.json")]
+)
+def test_a_name_that_leads_to_no_model_is_named(tmp_path, name, said):
+    name = name or str(tmp_path)
+    for load in (AutoLambdaModelForImageClassification.from_pretrained, load_classifier):
+        with pytest.raises(OSError, match=said) as caught:
+            load(name)
+        assert name in str(caught.value)
 
 
 def test_token_merging_is_refused_where_every_patch_counts():

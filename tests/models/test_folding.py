@@ -22,7 +22,9 @@ def test_layer_indices_are_sorted_and_plain_integers(layers):
     assert found == [0, 2, 4] and all(type(index) is int for index in found)
 
 
-@pytest.mark.parametrize("layers", [[5], [-1], [1, 1], ["1"], [True], [1.0], [np.bool_(True)], "12", 1, None])
+@pytest.mark.parametrize(
+    "layers", [[5], [-1], [1, 1], ["1"], [True], [1.0], [np.bool_(True)], np.array([[1, 2]]), "12", 1, None]
+)
 def test_what_is_no_set_of_layers_is_refused(layers):
     with pytest.raises(ValueError):
         check_layer_indices(layers, 5)

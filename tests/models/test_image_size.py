@@ -1,5 +1,6 @@
 """The grid of patches is known from image and patch size, never guessed from the number of positions."""
 
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -67,6 +68,13 @@ def test_a_size_that_leaves_pixels_over_is_refused_and_changes_nothing(wanted):
         model.set_image_size(wanted)
     assert model.config.image_size == 16
     assert model.vit.embeddings.position_embeddings is positions
+
+
+@pytest.mark.parametrize("size", [np.int64(24), (np.int64(24), 16), np.array([24, 16])], ids=str)
+def test_a_size_in_numpys_numbers_is_saved_as_plain_ones(model, tmp_path, size):
+    model.set_image_size(size)
+    model.save_pretrained(tmp_path)
+    assert LambdaViTForImageClassification.from_pretrained(tmp_path).config.image_size == np.asarray(size).tolist()
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(0, 4), (16, 0), (-16, 4), ([16, 0], 4), ([16], 4)])

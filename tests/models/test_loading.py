@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from lambda_vit_hf import LambdaViTForImageClassification, LambdaViTModel
+from lambda_vit_hf.evaluation.classifier import load_classifier
 from tests.conftest import REMOVED
 
 
@@ -156,9 +157,32 @@ def test_a_head_that_was_drawn_at_random_is_known_until_it_is_trained(vit_folder
     assert model.newly_initialized_head
     assert copy.deepcopy(model).newly_initialized_head
     assert copy.deepcopy(model).to(torch.bfloat16).newly_initialized_head
+    for rounded in (torch.bfloat16, torch.float16):
+        assert copy.deepcopy(model).to(rounded).float().newly_initialized_head
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     model(torch.randn(2, 3, 16, 16)).logits.square().sum().backward()
     optimizer.step()
+    assert not model.newly_initialized_head
+
+
+def test_a_new_head_stays_new_in_a_saved_model_until_it_is_trained(vit_folder, tmp_path):
+    LambdaViTModel.from_pretrained(vit_folder).save_pretrained(tmp_path / "headless")
+    model = LambdaViTForImageClassification.from_pretrained(tmp_path / "headless", num_labels=3)
+    model.save_pretrained(tmp_path / "saved")
+    again = LambdaViTForImageClassification.from_pretrained(tmp_path / "saved")
+    assert again.newly_initialized_head
+    with pytest.raises(ValueError, match="saved before any training"):
+        load_classifier(str(tmp_path / "saved"))
+    with torch.no_grad():
+        again.classifier.weight.add_(0.01)
+    again.save_pretrained(tmp_path / "trained")
+    assert not LambdaViTForImageClassification.from_pretrained(tmp_path / "trained").newly_initialized_head
+    assert not load_classifier(str(tmp_path / "trained")).newly_initialized_head
+
+
+def test_a_new_head_that_was_taken_out_is_no_head(vit_folder):
+    model = LambdaViTForImageClassification.from_pretrained(vit_folder, num_labels=3, ignore_mismatched_sizes=True)
+    model.classifier = torch.nn.Identity()
     assert not model.newly_initialized_head
 
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
@@ -262,6 +263,13 @@ def test_a_wrong_schedule_is_refused_and_changes_nothing(removed, pixel_values, 
         removed.set_token_merging(r, start)
     assert removed.config.token_merging_r == 0
     assert token_counts(removed, pixel_values) == [17] * 7
+
+
+@pytest.mark.parametrize("r", [np.int64(3), (0, 3, 0, 1, 0, 0), np.array([0, 3, 0, 1, 0, 0])], ids=str)
+def test_numbers_of_numpy_are_saved_as_plain_ones(model, tmp_path, r):
+    model.set_token_merging(r, np.int64(0))
+    model.save_pretrained(tmp_path)
+    assert LambdaViTForImageClassification.from_pretrained(tmp_path).config.token_merging_r == np.asarray(r).tolist()
 
 
 def test_a_removal_that_leaves_no_first_merging_block_is_refused(merging, pixel_values):

@@ -4,8 +4,9 @@ import json
 import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, ViTImageProcessor
 
 from lambda_vit_hf import (
     DilutionConfig,
@@ -411,6 +412,26 @@ def test_resuming_a_second_removal_into_a_model_before_the_first_is_refused(mode
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_resuming_from_before_the_removal_into_the_removed_model_is_refused(model, tmp_path):
+    # Without an optimizer in the checkpoint the Trainer loads what fits: whole weights into a folded model.
+    settings = dict(save_strategy="steps", save_steps=4, save_only_model=True)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"before the attention of layers .* was removed, but this model has none"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_after_the_removal_into_the_whole_model_is_refused(model, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=4, save_only_model=True)
+    whole = copy.deepcopy(model)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train()
+    trainer.train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=r"after the attention of layers .* was removed, but this model has it still"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 # What is said.
 
 
@@ -469,6 +490,25 @@ def test_images_that_the_trainer_takes_out_are_named(model, tmp_path):
     trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], rows)
     with pytest.raises(ValueError, match=r"'image'.*remove_unused_columns=False"):
         trainer.train()
+
+
+def test_images_that_are_taken_out_before_a_collator_of_ones_own_are_named(model, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [[0.0]] * 8, "labels": [0] * 8})
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], rows)
+    trainer.data_collator = lambda batch: {"pixel_values": torch.tensor([row["image"] for row in batch])}
+    with pytest.raises(ValueError, match=r"'image'.*remove_unused_columns=False"):
+        trainer.train()
+
+
+def test_pictures_to_select_on_go_through_the_trainers_image_processor(model, tmp_path):
+    pictures = [Image.new("RGB", (20, 24), (index, 100, 10 * index)) for index in range(16)]
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2, calibration_dataset=pictures)
+    trainer = make_trainer(model, tmp_path, [callback])
+    with pytest.raises(TypeError, match="processing_class"):
+        trainer.train()
+    trainer.callback_handler.processing_class = ViTImageProcessor(size={"height": 16, "width": 16})
+    trainer.train()
+    assert len(model.config.removed_layers) == 2
 
 
 # Bad input: before training starts.

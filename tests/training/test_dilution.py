@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lambda_vit_hf.training.dilution import SCHEDULES, DilutionSchedule, cosine, linear
+from lambda_vit_hf.training.dilution import SCHEDULES, DilutionConfig, DilutionSchedule, cosine, linear
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7])
@@ -98,3 +98,9 @@ def test_the_shapes_are_a_line_and_half_a_cosine():
 def test_arguments_out_of_range_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         DilutionSchedule(**{"total_steps": 100, **arguments})
+
+
+@pytest.mark.parametrize("fold", ["false", "no", "True"])
+def test_words_are_not_taken_for_true(fold):
+    with pytest.raises(ValueError, match="`fold` must be True or False"):
+        DilutionConfig(fold=fold)

@@ -123,6 +123,7 @@ def test_settings_become_plain_values_that_json_can_hold(given, plain):
         {"num_removed_layers": 1.5},
         {"num_removed_layers": True},
         {"removed_layers": [0.5]},
+        {"removed_layers": np.array([[1, 3]])},
         {"removed_layers": [True]},
         {"removed_layers": "12"},
         {"removed_layers": 3},

@@ -87,6 +87,14 @@ def test_a_checkpoint_without_a_classifier_gets_a_new_one_that_is_trained_first(
     assert "no classifier: a new one is trained first" in caplog.text
 
 
+def test_a_classifier_that_was_saved_before_any_training_is_trained_first(named, tmp_path):
+    model, _, _ = load(named, ["ant", "bee"], tmp_path, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "untrained")
+    DeiTImageProcessor.from_pretrained(named).save_pretrained(tmp_path / "untrained")
+    _, _, is_new = load(tmp_path / "untrained", ["ant", "bee"], tmp_path)
+    assert is_new
+
+
 def test_another_number_of_classes_needs_a_word(named, tmp_path):
     with pytest.raises(ValueError, match=r"5 classes, the dataset has 2.*--ignore_mismatched_sizes"):
         load(named, ["cat", "dog"], tmp_path)
