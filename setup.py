@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 
 CORE = [
-    "torch>=2.11",
+    "torch>=2.12",
     "torchvision",
     "transformers>=5.18,<6",
     "safetensors>=0.5",
@@ -17,6 +17,7 @@ TRAIN = [
     "accelerate>=1.10",
     "datasets>=4.0",
     "evaluate>=0.4.3",
+    "filelock>=4.0",
     "Jinja2>=3.1",
     "matplotlib>=3.8",
     "PyYAML",

@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Fault:
     cut: bool = False  # drop the connection when half of the request's body has been read
     after_commit: bool = False  # do the work, then drop the connection instead of answering
     empty: bool = False  # do the work, then answer without a body
+    hang: float = 0.0  # seconds without a sign of life
 
 
 TOKEN = "hf_test0123456789abcdefghijklmnopqrst"
@@ -149,6 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self._drop()
         self.body = self.rfile.read(length)
+        if fault and fault.hang:
+            time.sleep(fault.hang)
+            return self._drop()
         try:
             if fault and fault.status:
                 raise HubError(fault.status, fault.message, fault.headers)

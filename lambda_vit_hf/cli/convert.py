@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported late: --help and a mistyped option answer at once.
     from ..evaluation.accounting import summarize
+    from ..models.checksums import write_checksums
     from ..models.conversion import convert_checkpoint
 
     model = convert_checkpoint(
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    write_checksums(output_dir)
     print(summarize(model))
     print(f"Written to {output_dir}.")
 

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..evaluation.classifier import load_classifier
     from ..export.onnx import export_program
     from ..export.serving_folder import export_for_serving
+    from ..models.checksums import write_checksums
 
     if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
         raise FileExistsError(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         check = export_program(model, arguments.output_dir / "model.pt2", images)
         processor.save_pretrained(arguments.output_dir)
+        write_checksums(arguments.output_dir)
     print(check)
     print(f"Written to {arguments.output_dir}.")
 

@@ -87,8 +87,12 @@ def open_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) -> P
 
 
 def undecoded(images):
-    """A dataset or stream of `datasets` with its column `image` left to [`decode_image`]; anything else as it is."""
-    if hasattr(images, "cast_column") and "image" in (images.features or {}):
+    """
+    A dataset or stream of `datasets` with its column `image` left to [`decode_image`]; anything else as it is, also a
+    dataset with a transform of the user's, which takes decoded images.
+    """
+    has_transform = getattr(images, "format", {}).get("type") == "custom"
+    if hasattr(images, "cast_column") and "image" in (images.features or {}) and not has_transform:
         import datasets  # not needed otherwise, and not part of the core
 
         if isinstance(images.features["image"], datasets.Image):
@@ -122,7 +126,7 @@ def _source(item):
     return item
 
 
-# From here to `_eight_bits`, export/onnx_serving.py carries a copy: an exported folder is served without this package.
+# An exported folder carries this file: what serving needs of it imports numpy and Pillow only.
 
 
 def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:

@@ -102,6 +102,8 @@ def quantize_onnx(source: str | Path, path: str | Path) -> None:
     to 64 they cannot, so that the file gives the same answers on every CPU. Source: onnxruntime's documentation of
     quantization, "When to use reduce-range".
 
+    Activations get one scale for the whole batch: run images one by one, or an image's logits depend on the others.
+
     Nothing needs calibration. Accuracy has to be looked at: compare with [`compare_onnx`] on real images.
 
     Args:
@@ -152,7 +154,9 @@ def exported_program(model: nn.Module, images: torch.Tensor) -> torch.export.Exp
         return torch.export.export(LogitsOnly(model).eval(), (_example(images),), dynamic_shapes=shapes)
 
 
-def compare_onnx(model: nn.Module, path: str | Path, images: torch.Tensor, num_threads: int = 0) -> ExportCheck:
+def compare_onnx(
+    model: nn.Module, path: str | Path, images: torch.Tensor, num_threads: int = 0, batch_size: int = 32
+) -> ExportCheck:
     """Logits of an ONNX file and of the model it came from, on `images` `(images, channels, height, width)`."""
     import onnxruntime
 
@@ -163,7 +167,7 @@ def compare_onnx(model: nn.Module, path: str | Path, images: torch.Tensor, num_t
     def run(batch: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(["logits"], {"pixel_values": batch.cpu().numpy()})[0])
 
-    return _compare(model, run, images, Path(path))
+    return _compare(model, run, images, Path(path), batch_size)
 
 
 def _check_exportable(model: nn.Module) -> None:
@@ -201,8 +205,8 @@ def _example(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _compare(model: nn.Module, run, images: torch.Tensor, path: Path) -> ExportCheck:
-    rest = images[1:].split(32) if len(images) > 1 else ()
+def _compare(model: nn.Module, run, images: torch.Tensor, path: Path, batch_size: int = 32) -> ExportCheck:
+    rest = images[1:].split(batch_size) if len(images) > 1 else ()
     batches = [images[:1], *rest]  # batch sizes that were not traced
     expected = torch.cat([LogitsOnly(model)(batch).float().cpu() for batch in batches])
     found = torch.cat([run(batch).float().cpu() for batch in batches])

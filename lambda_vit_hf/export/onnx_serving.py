@@ -3,7 +3,8 @@
     python serve.py picture.jpg another.png
 
 Beside this file: `model.onnx`; `preprocessing.json`, which says what happens to a picture first and what the classes
-are called; `decoding.py`, which reads pictures as they were read in training.
+are called; `decoding.py`, which reads pictures as they were read in training; `SHA256SUMS` of all files, and
+`checksums.py`, which compares them.
 """
 
 import json
@@ -16,6 +17,7 @@ import onnxruntime
 import PIL.Image
 
 from ..data.decoding import decode_image
+from ..models.checksums import check_checksums
 
 
 class OnnxImageClassifier:
@@ -25,6 +27,9 @@ class OnnxImageClassifier:
     Args:
         folder (`str` or `Path`): with `model.onnx` and `preprocessing.json`.
         num_threads (`int`, *optional*): CPU threads; by default onnxruntime's choice.
+
+    Raises:
+        OSError: if a file is not what `SHA256SUMS` lists.
 
     Example:
 
@@ -36,6 +41,7 @@ class OnnxImageClassifier:
 
     def __init__(self, folder: str | Path, num_threads: int = 0):
         folder = Path(folder)
+        check_checksums(folder)
         self.preprocessing = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))
         self.labels: list[str] = self.preprocessing["labels"]
         options = onnxruntime.SessionOptions()
@@ -60,8 +66,10 @@ class OnnxImageClassifier:
     def logits(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
         """Class scores `(images, classes)`, before softmax."""
         pixel_values = np.stack([self.preprocess(image) for image in images])
-        (logits,) = self.session.run(["logits"], {"pixel_values": pixel_values})
-        return logits
+        # In 8 bits a batch shares its scales: alone, an image gets the same answer whatever comes with it.
+        size = 1 if self.preprocessing.get("one_image_at_a_time") else len(pixel_values)
+        batches = [pixel_values[start : start + size] for start in range(0, len(pixel_values), size)]
+        return np.concatenate([self.session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
 
     def classify(self, images: Sequence[PIL.Image.Image], top_k: int = 5) -> list[list[dict]]:
         """Of each picture, the `top_k` likeliest classes: `{"label": str, "score": probability}`, best first."""

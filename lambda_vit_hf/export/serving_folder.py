@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ..data import decoding
+from ..models import checksums
+from ..models.checksums import write_checksums
 from .onnx import ExportCheck, compare_onnx, export_onnx, images_for, quantize_onnx
 
 
@@ -62,7 +64,7 @@ def export_for_serving(
 ) -> ExportCheck:
     """
     Write a folder that onnxruntime, numpy and Pillow can serve: `model.onnx`, `preprocessing.json`, `serve.py`,
-    `decoding.py` and a README.
+    `decoding.py`, `checksums.py`, a README, and `SHA256SUMS` of all.
 
     Args:
         model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode, float32.
@@ -94,24 +96,28 @@ def export_for_serving(
         if int8:
             quantized = Path(scratch) / "int8.onnx"
             quantize_onnx(exact, quantized)
-            check = compare_onnx(model, quantized, images_for(model, images))
+            check = compare_onnx(model, quantized, images_for(model, images), batch_size=1)  # as it is served
             if images is not None and check.top1_agreement < LEAST_AGREEMENT:
                 raise ValueError(f"8 bits are too few for this model. {check}. Export it without int8.")
             exact = quantized
         shutil.copyfile(exact, folder / "model.onnx")
     check.file = "model.onnx"
     _copy_code(folder)
-    _write_json(folder / "preprocessing.json", preprocessing)
+    _write_json(folder / "preprocessing.json", {**preprocessing, "one_image_at_a_time": int8})
     (folder / "README.md").write_text(_readme(check, int8), encoding="utf-8")
+    write_checksums(folder)
     return check
 
 
 def _copy_code(folder: Path) -> None:
-    """The code that serves, and this package's own decoding of pictures beside it."""
+    """The code that serves, and beside it this package's own decoding of pictures and check of files."""
     serving = Path(__file__).with_name("onnx_serving.py").read_text(encoding="utf-8")
-    serving = serving.replace("from ..data.decoding import", "from decoding import")
+    for module in (decoding, checksums):
+        path = Path(module.__file__)
+        shutil.copyfile(path, folder / path.name)
+        package = module.__package__.removeprefix("lambda_vit_hf")
+        serving = serving.replace(f"from .{package}.{path.stem} import", f"from {path.stem} import")
     (folder / "serve.py").write_text(serving, encoding="utf-8")
-    shutil.copyfile(decoding.__file__, folder / "decoding.py")
 
 
 def _readme(check: ExportCheck, int8: bool) -> str:
@@ -122,9 +128,16 @@ def _readme(check: ExportCheck, int8: bool) -> str:
         "```python\nimport PIL.Image\nfrom serve import OnnxImageClassifier\n\n"
         'print(OnnxImageClassifier(".").classify([PIL.Image.open("picture.jpg")]))\n```\n\n'
         "`preprocessing.json` says what happens to a picture before the model, and what the classes are called.\n\n"
+        f"{_ONE_BY_ONE if int8 else ''}"
         f"Compared with the PyTorch model it was exported from: {check}.\n\n"
         f"Exported with torch {version('torch')} and onnx {version('onnx')} by lambda-vit-hf.\n"
     )
+
+
+_ONE_BY_ONE = (
+    "Images run one by one: onnxruntime scales the activations of a whole batch by one number, so in a batch the"
+    " scores of an image would depend on the others.\n\n"
+)
 
 
 def _write_json(path: Path, values: dict) -> None:

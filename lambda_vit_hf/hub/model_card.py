@@ -1,6 +1,8 @@
 """The model card of a removed model: measured facts in, Markdown with Hub metadata out. Unknown facts are left out."""
 
+import html
 import json
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -12,19 +14,34 @@ from .card_sections import update_card
 from .facts import ModelCardFacts
 
 
-def _one_line(text: str) -> str:
-    """Names come from users: a line break in one must not start a heading or a metadata block."""
-    return " ".join(text.splitlines())
+def _plain(text: object) -> str:
+    """One line of Markdown that shows a text as it is: names come from users, and from files of others."""
+    text = html.escape(" ".join(str(text).splitlines()), quote=False)
+    return _MARKUP.sub(lambda found: f"\\{found[0]}", text)
+
+
+def _code(text: object) -> str:
+    """The same as code, where nothing but a backtick has a meaning."""
+    return f"`{' '.join(str(text).splitlines()).replace('`', chr(39))}`"
+
+
+def _table(header: list[str], values: dict[str, object]) -> str:
+    return values and markdown_table(header, [[_plain(name), _plain(value)] for name, value in values.items()])
+
+
+# An underscore within a word is none; a bar is for the table to escape.
+_MARKUP = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)|^[#+-]")
 
 
 def _selection_text(facts: ModelCardFacts) -> str:
     selection, what = facts.selection, "To be removed" if facts.progress else "Removed"
     if not selection.steps:
-        return f"{what}: the attention of layers {selection.layers} (0-based). The layers were `{selection.strategy}`."
+        chosen = _code(selection.strategy)
+        return f"{what}: the attention of layers {selection.layers} (0-based). The layers were {chosen}."
     path = ", ".join(f"{step.picked} ({step.transfer_entropy[step.picked]:+.3f})" for step in selection.steps)
     return (
         f"{what}: the attention of layers {selection.layers} (0-based) of {len(selection.mlp_entropy)}."
-        f" Chosen by `{selection.strategy}` on {selection.num_images} images: at each step the layer whose"
+        f" Chosen by {_code(selection.strategy)} on {selection.num_images} images: at each step the layer whose"
         f" removal changes the entropy of the {selection.output.replace('_', ' ')} least ({selection.mask} mask,"
         f" compared by {selection.compare}). In the order picked, with the set's transfer entropy in nats: {path}."
     )
@@ -37,7 +54,7 @@ def _introduction(facts: ModelCardFacts) -> str:
     if facts.progress:
         return (
             f"**Not finished**: a checkpoint of a training that takes the attention out of {layers} layers"
-            f" ({_one_line(facts.progress)}). The attention is still in this model. {chosen}Method: {method}."
+            f" ({_plain(facts.progress)}). The attention is still in this model. {chosen}Method: {method}."
         )
     folded = " and the identity was folded into the weights that follow" if facts.folded else ""
     return (
@@ -82,21 +99,21 @@ def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
     Write `README.md` into a model's folder, or our part of the one that is there, and return its path. The generic
     card that the Trainer writes is replaced.
     """
-    rows = [[name, *values] for name, values in facts.rows.items()]
+    rows = [[_plain(cell) for cell in (name, *values)] for name, values in facts.rows.items()]
     template = resources.files("lambda_vit_hf.model_cards").joinpath("model_card.md.jinja").read_text("utf-8")
     body = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(template).render(
-        title=_one_line(facts.name),
+        title=_plain(facts.name),
         introduction=_introduction(facts),
         comparison_table=rows and markdown_table(["", "before", "after"], rows),
-        measured_on=facts.measured_on and _one_line(facts.measured_on),
-        evaluation_table=facts.evaluation and markdown_table(["metric", "value"], list(facts.evaluation.items())),
+        measured_on=facts.measured_on and _plain(facts.measured_on),
+        evaluation_table=_table(["metric", "value"], facts.evaluation),
         removal_heading=f"Which attention layers {'are to be' if facts.progress else 'were'} removed, and why",
         selection_text=_selection_text(facts),
         entropy_picture=facts.pictures.get("entropy"),
         training_picture=facts.pictures.get("training"),
         is_classifier=facts.is_classifier,
         model_id=json.dumps(facts.repo_id or facts.name),
-        training_table=facts.training and markdown_table(["", ""], list(facts.training.items())),
+        training_table=_table(["", ""], facts.training),
         limits=(
             "The layers were chosen on this model's training images and may not suit another task. Images far from"
             " the training data were not tested."

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,14 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, is_offline_mode
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError, safe_open
+
+from ..models.checksums import check_checksums
+from ..models.families import load_as_saved
+from ..models.finite import check_finite
 
 
 class PushError(OSError):
@@ -44,8 +49,10 @@ _NOT_FOR_THE_HUB = ("training_args.bin", ".env", "/*.bin", "/*.pt", "/*.pth", "/
 # Of httpx or httpx2, by the version of huggingface_hub: the ancestor of its own errors and of a broken connection's.
 _HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 _ATTENTION_KEY = re.compile(r"layers?\.(\d+)\.(?:attention|self_attn|layernorm_before)")
+_NO_ANSWER = (json.JSONDecodeError, KeyError)  # what huggingface_hub makes of a body that is empty, or a proxy's
 _CONFLICT = "another conflicting operation"
 _LONGEST_WAIT = 300.0  # seconds
+TIMEOUT = 120.0  # seconds
 _LOST = "Pushing again is safe even if it arrived: nothing is committed twice."
 _LOST_PULL_REQUEST = "It may have arrived all the same: look at the repository's pull requests first."
 
@@ -63,6 +70,7 @@ def push_folder(
     dry_run: bool = False,
     max_attempts: int = 5,
     first_wait: float = 1.0,
+    timeout: float = TIMEOUT,
 ) -> PushResult:
     """
     Push a saved model to the Hub in one commit. Of the folder's top level, only `PUSHED_FILES` are sent: no optimizer
@@ -83,11 +91,14 @@ def push_folder(
             conflicting operation", 412, 429, 500, 502, 503, 504) or the connection breaks; 401 and 403 are final.
         first_wait (`float`, *optional*, defaults to 1.0): Seconds before the second attempt, doubled for each further
             one. A `Retry-After` of the Hub goes first, up to 300 s.
+        timeout (`float`, *optional*, defaults to 120.0): Seconds without a sign of life from the Hub after which a
+            request counts as failed; huggingface_hub itself would wait for ever.
 
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
-            infinite, or do not fit the config; if a lambda is not 1 or the head is new (see `force`).
-            Nothing was sent then.
+            infinite, or do not fit the config; if lambda is not 1 or the head new (see `force`). Nothing was sent.
+        OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
+        FloatingPointError: if the model answers in NaN or infinity. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
 
     Example:
@@ -110,7 +121,8 @@ def push_folder(
         raise PushError(f"Cannot push to {repo_id} offline: unset HF_HUB_OFFLINE and start again.\n{go_on}")
     api = HfApi(token=token)
     attempt = partial(_with_retries, go_on=go_on, max_attempts=max_attempts, first_wait=first_wait)
-    user = attempt("ask the Hub whose token this is (see `hf auth login`)", api.whoami)
+    with _time_limit(timeout):
+        user = attempt("ask the Hub whose token this is (see `hf auth login`)", api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(f"The token of {user['name']} may only read; pass one that may write.\n{go_on}")
     repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
@@ -121,12 +133,42 @@ def push_folder(
         options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         return api.create_commit(repo_id, operations, **options)
 
-    with _conflicts_raised():
+    with _time_limit(timeout), _conflicts_raised():
         attempt(f"create {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if revision is not None and not revision.startswith("refs/pr/"):
-        attempt(f"create branch {revision}", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    info = attempt(f"commit to {repo_id} as {user['name']}", commit, is_repeatable=not create_pr)
+    with _time_limit(timeout):
+        if revision is not None and not revision.startswith("refs/pr/"):
+            attempt(f"create branch {revision}", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        info = attempt(f"commit to {repo_id} as {user['name']}", commit, is_repeatable=not create_pr)
     return PushResult(files, info.commit_url, info.pr_url)
+
+
+def upload_files(
+    folder: str | Path,
+    repo_id: str,
+    patterns: Sequence[str],
+    max_attempts: int = 5,
+    first_wait: float = 1.0,
+    **options,
+) -> CommitInfo:
+    """
+    `HfApi.upload_folder` for a Trainer's pushes: of the top level the files of these patterns, with the attempts and
+    the time limit of [`push_folder`].
+
+    Raises:
+        PushError: if the Hub refuses or cannot be reached.
+    """
+
+    def upload():
+        # A pattern without a slash matches in folders too.
+        return HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(patterns), ignore_patterns=["*/*"], **options
+        )
+
+    with _time_limit(TIMEOUT):
+        return _with_retries(
+            f"push {folder} to {repo_id}", upload, go_on=f"To go on: lambda-vit push {folder} {repo_id}",
+            max_attempts=max_attempts, first_wait=first_wait,
+        )  # fmt: skip
 
 
 def is_for_the_hub(name: str) -> bool:
@@ -135,8 +177,9 @@ def is_for_the_hub(name: str) -> bool:
 
 
 def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
-    """The files of a model's folder that are for others, after a look at every weight. Raises as [`push_folder`]."""
+    """The files for others in a model's folder, after a look at weights and answers. Raises as [`push_folder`]."""
     folder, diluted, kept = Path(folder), {}, set()
+    check_checksums(folder, is_complete=False)
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
     paths = [path for name, path in found.items() if is_for_the_hub(name)]
     shards = json.loads(found[_INDEX].read_text("utf-8"))["weight_map"] if _INDEX in found else {}
@@ -168,15 +211,13 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
             f" `attention_flags` of config.json are {flags}. Save the model again."
         )
     if config.get("newly_initialized_head") and not force:
-        raise ValueError(
-            f"The class head of {folder} was saved before any training: it is random. Train it, or push with"
-            " `force=True`."
-        )
+        raise ValueError(f"The class head of {folder} was saved before any training. Train it, or use `force=True`.")
     if diluted and not force:
         raise ValueError(
             f"{folder} is not finished, lambda is not 1 in layers that still have attention: {diluted}. Train on, or"
             " call `remove_attention` and save again; `force=True` pushes it as it is."
         )
+    check_finite(load_as_saved(folder), f"The model in {folder}")
     return paths
 
 
@@ -187,6 +228,16 @@ def keep_back_private_files(folder: str | Path) -> None:
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(dict.fromkeys([*lines, *_NOT_FOR_THE_HUB])) + "\n", "utf-8")
+
+
+@contextmanager
+def _time_limit(seconds: float):
+    session = get_session()
+    before, session.timeout = session.timeout, seconds
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 @contextmanager
@@ -209,7 +260,7 @@ def _with_retries(what, call, *, go_on, max_attempts, first_wait, is_repeatable=
     for attempt in range(1, max_attempts + 1):
         try:
             return call()
-        except (_HTTPError, OSError, RuntimeError, ValueError) as error:
+        except (_HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
             # huggingface_hub wraps what happened to an upload in a RuntimeError that only names the file.
             reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             may_pass, is_lost, wait = _outlook(reason)
@@ -217,18 +268,24 @@ def _with_retries(what, call, *, go_on, max_attempts, first_wait, is_repeatable=
             may_repeat = may_pass and reason is error and (is_repeatable or not is_lost)
             if not may_repeat or attempt == max_attempts or wait > _LONGEST_WAIT:
                 parts = [f"Could not {what}, attempt {attempt} of {max_attempts}:"]
-                parts += dict.fromkeys([str(error), str(reason)])
+                parts += dict.fromkeys([_words(error), _words(reason)])
                 parts += [f"The Hub asks to wait {wait:.0f} s."] if wait > _LONGEST_WAIT else []
                 parts += [_LOST if is_repeatable else _LOST_PULL_REQUEST] if is_lost else []
                 raise PushError(" ".join(" ".join(parts).split()) + f"\n{go_on}") from error
-            logger.warning("Could not %s: %s. Attempt %d follows in %.1f s.", what, error, attempt + 1, wait)
+            logger.warning("Could not %s: %s. Attempt %d follows in %.1f s.", what, _words(error), attempt + 1, wait)
         time.sleep(wait)
     raise ValueError(f"`max_attempts` must be at least 1, got {max_attempts}.")
 
 
+def _words(error: Exception) -> str:
+    if isinstance(error, _NO_ANSWER):
+        return "the answer has no content, or not what the Hub answers"
+    return str(error) or type(error).__name__
+
+
 def _outlook(error: Exception) -> tuple[bool, bool, int]:
     """May it go well later; may it have had its effect all the same; seconds that the Hub asks to wait."""
-    if isinstance(error, json.JSONDecodeError):  # an answer without a body
+    if isinstance(error, _NO_ANSWER):
         return True, True, 0
     if not isinstance(error, _HTTPError):
         return False, False, 0

@@ -100,7 +100,7 @@ class RemovableAttention:
         branch, _ = self._part("attention")(
             self._part("attention_norm")(hidden_states), attention_mask=attention_mask, **kwargs
         )
-        return self._add(hidden_states, self._finish(branch, "attention_scale"), state)
+        return self._weigh_by_lambda(hidden_states, self._scale_and_drop(branch, "attention_scale"), state)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Second half of the block, the MLP with its residual. `(batch, tokens, hidden)`."""
@@ -108,12 +108,12 @@ class RemovableAttention:
 
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the stream. `(batch, tokens, hidden)`."""
-        return self._finish(self._part("mlp")(self._part("mlp_norm")(hidden_states)), "mlp_scale")
+        return self._scale_and_drop(self._part("mlp")(self._part("mlp_norm")(hidden_states)), "mlp_scale")
 
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """What whole attention adds to the stream. `(batch, tokens, hidden)`."""
         branch, _ = self._part("attention")(self._part("attention_norm")(hidden_states), attention_mask=None, **kwargs)
-        return self._finish(branch, "attention_scale")
+        return self._scale_and_drop(branch, "attention_scale")
 
     def _mix_and_merge(self, hidden_states: torch.Tensor, flow: TokenFlow, **kwargs) -> torch.Tensor:
         """`mix_tokens`, then merging; or only the class token from here on."""
@@ -127,25 +127,27 @@ class RemovableAttention:
         mask = proportional_attention(sizes, hidden_states.dtype)
         if flow.class_token_from == index:
             branch, _ = attention(normed, attention_mask=mask, only_class_token=True, **kwargs)
-            return self._add(hidden_states[:, :1], self._finish(branch, "attention_scale"), state)
+            return self._weigh_by_lambda(hidden_states[:, :1], self._scale_and_drop(branch, "attention_scale"), state)
         merged = flow.schedule[index]
         if merged and not flow.is_recorded:
             branch, _, keys = attend(attention, self.block, *project(attention, normed), mask, **kwargs)
         else:
             branch, _ = attention(normed, attention_mask=mask, **kwargs)  # as a module, which hooks listen to
-        mixed = self._add(hidden_states, self._finish(branch, "attention_scale"), state)
+        mixed = self._weigh_by_lambda(hidden_states, self._scale_and_drop(branch, "attention_scale"), state)
         if merged:
             keys = attend(attention, self.block, *project(attention, normed))[2] if flow.is_recorded else keys
             mixed, flow.sizes[index + 1] = merge_tokens(mixed, sizes, keys, merged)
         return mixed
 
-    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor, state: str) -> torch.Tensor:
-        # A compiled graph takes the general form, which is right for every lambda: it must not read the buffer.
-        if state == "kept" and not _is_compiling():
+    def _weigh_by_lambda(self, hidden_states: torch.Tensor, branch: torch.Tensor, state: str) -> torch.Tensor:
+        # A graph must not read the buffer, so it takes the general form, which is right for every lambda; but for a
+        # model that is prepared for inference: its lambda cannot change any more.
+        is_fixed = not torch.compiler.is_compiling() or hasattr(self._part("attention"), "qkv_proj")
+        if state == "kept" and is_fixed:
             return branch + hidden_states
         return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
 
-    def _finish(self, branch: torch.Tensor, scale: str) -> torch.Tensor:
+    def _scale_and_drop(self, branch: torch.Tensor, scale: str) -> torch.Tensor:
         for module in (self._part(scale), *(getattr(self, name) for name in self.block.drops)):
             branch = branch if module is None else module(branch)
         return branch
@@ -236,10 +238,6 @@ def note_attention_state(layer: RemovableAttention, value=None) -> None:
 
 def _state_at(value: float) -> str:
     return "kept" if value == 1.0 else "off" if value == 0.0 else "diluting"
-
-
-def _is_compiling() -> bool:
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class _WithoutGradient(torch.autograd.Function):

@@ -5,29 +5,23 @@ the authors' files, nothing but the file's name says which attention layers are 
 Sources: timm `VisionTransformer`; what the files of facebookresearch/deit and sihaoevery/lambda_vit contain.
 """
 
-import argparse
 import logging
-import pickle
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from .configuration_lambda_vit import LambdaViTConfig
 from .folding import check_layer_indices
 from .image_size import patch_grid, resize_position_embeddings, square_grid
 from .modeling_lambda_vit import LambdaViTForImageClassification
+from .weight_files import read_state_dict
 
 
 logger = logging.getLogger(__name__)
 
-WRAPPING_KEYS = ("model", "net", "state_dict", "model_ema", "state_dict_ema")
-
-_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
 # The six files that the authors published; no other name says anything about layers.
 _AUTHORS_FILES = {
     "base_01346.pth": [0, 1, 3, 4, 6], "base_013469.pth": [0, 1, 3, 4, 6, 9], "small_024.pth": [0, 2, 4],
@@ -36,6 +30,9 @@ _AUTHORS_FILES = {
 # Wider ViTs do not have 64 dimensions per head (ViT-H: 80, ViT-g: 88, ViT-G: 104), though 64 divides their width: a
 # guess would load without complaint and compute something else.
 _WIDEST_WITH_64_PER_HEAD = 1024
+
+# Some weights may share memory; a few bytes that stand for terabytes do not.
+_MOST_SHARED = 10
 
 # timm's module, and the modules that share its rows.
 _BLOCK_MODULES = {
@@ -96,7 +93,8 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if the file is cut short or is not what its suffix says.
-        ValueError: if a pickle asks for code; if a tensor is missing, unknown, of the wrong shape or not finite; if
+        ValueError: if a pickle asks for code; if an archive is compressed or its checksums do not fit; if a tensor is
+            missing, unknown, of the wrong shape or not finite, or the tensors declare far more than the file has; if
             the model is distilled (two class tokens); if an argument does not fit the file.
 
     Example:
@@ -109,7 +107,7 @@ def convert_checkpoint(
         warnings.warn("`layers_removed` is now called `removed_layers`.", FutureWarning, stacklevel=2)
         removed_layers = layers_removed
     path = Path(path)
-    tensors = _read_state_dict(path, weights_key)
+    tensors = read_state_dict(path, weights_key)
     if drop_head:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
     names = _names_in_model(tensors, path, has_head=not drop_head)
@@ -150,45 +148,6 @@ def convert_checkpoint(
     return model.eval()
 
 
-def _read_state_dict(path: Path, weights_key: str | None) -> dict:
-    """What the file holds by name, unwrapped, without the prefix `module.`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. (Hugging Face checkpoints, folders: `from_pretrained`.)")
-    content = _read_file(path)
-    content = content if isinstance(content, Mapping) else {}
-    wrappings = [key for key in WRAPPING_KEYS if isinstance(content.get(key), Mapping)]
-    if (weights_key is not None or len(wrappings) > 1) and weights_key not in wrappings:
-        raise ValueError(f"{path} has weights under {wrappings}: `weights_key` must be one, got {weights_key!r}.")
-    tensors = content[weights_key or wrappings[0]] if wrappings else content
-    if not tensors or not all(isinstance(name, str) for name in tensors):
-        raise ValueError(f"{path} holds no named weights, neither bare nor under one of {WRAPPING_KEYS}.")
-    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
-def _read_file(path: Path):
-    if path.suffix not in (".safetensors", *_PICKLE_SUFFIXES):
-        raise ValueError(f"{path} is of unknown type. Expected .safetensors, {', '.join(_PICKLE_SUFFIXES)}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # DeiT and the authors save their command line beside the weights. A Namespace is a bag of attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} is refused, and nothing in it was run: it asks for {culprit[1] if culprit else 'code'}, or is"
-            " damaged. From a pickle only tensors, plain containers and argparse.Namespace are read. Instead:"
-            " where you trust the file, load it there and save its tensors as .safetensors."
-        ) from error
-    except Exception as error:
-        # Damaged files make torch and safetensors raise a dozen unrelated types, few of which name the file.
-        raise OSError(
-            f"{path} cannot be read: it is cut short, damaged, or no {path.suffix} file ({error}). Get it again."
-        ) from error
-
-
 def _names_in_model(tensors: dict, path: Path, has_head: bool) -> dict[str, list[str]]:
     """timm's names and the parameters their rows go to; raises where the file has other names, or fewer."""
     if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors):
@@ -223,6 +182,12 @@ def _names_in_model(tensors: dict, path: Path, has_head: bool) -> dict[str, list
 
 
 def _check_tensors(tensors: dict, path: Path) -> None:
+    declared = sum(value.numel() * value.element_size() for value in tensors.values() if torch.is_tensor(value))
+    if declared > _MOST_SHARED * path.stat().st_size:
+        raise ValueError(
+            f"{path} is refused: its tensors would take {declared:,} bytes, over {_MOST_SHARED} times what the file"
+            " has. They repeat themselves by strides or share memory, as no trained weights do."
+        )
     for name, value in tensors.items():
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not (dense and value.is_floating_point() and value.numel() and value.float().isfinite().all()):

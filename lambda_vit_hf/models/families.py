@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+from .checksums import check_checksums
+
 
 # By transformers' `model_type`: the module's ending, and how the family's classes begin. A model of images and texts
 # gives its vision tower.
@@ -59,6 +61,19 @@ def family_class(model_type: str, kind: str) -> type:
     if not hasattr(module, beginning + kind):
         raise ValueError(f"There is no {beginning}{kind}: transformers has none for `{model_type}`.")
     return getattr(module, beginning + kind)
+
+
+def load_as_saved(folder: str | Path):
+    """
+    A saved model, as the class that its config names.
+
+    Raises:
+        OSError: if there is no model; ValueError: if it is of no family; what the class's `from_pretrained` raises.
+    """
+    config = read_config_dict(folder)
+    model_type, architecture = config["model_type"], (config.get("architectures") or ["Model"])[0]
+    beginning = {**FAMILIES, **_OWN}.get(model_type, ("", ""))[1]
+    return family_class(model_type, architecture.removeprefix(beginning)).from_pretrained(folder)
 
 
 def register_auto_classes() -> None:
@@ -133,6 +148,9 @@ class _AutoLambdaModel:
     def class_for(cls, pretrained_model_name_or_path, **kwargs) -> type:
         """The family's class that `from_pretrained` would load with."""
         names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        # All files are compared when the class loads them; this one is read before.
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        check_checksums(folder, is_complete=False, names=["config.json"])
         of_hub = {name: kwargs[name] for name in names if name in kwargs}
         config = read_config_dict(pretrained_model_name_or_path, **of_hub)
         model_class = family_class(config["model_type"], cls._kind)

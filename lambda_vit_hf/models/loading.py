@@ -1,16 +1,15 @@
 """Loading, exactly or not at all: names of weights, what is left to remove, whether all arrived, and whole."""
 
 import copy
-import math
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_removal import RemovalConfigMixin
+from .finite import not_finite
 from .folding import check_layer_indices
 
 
@@ -136,7 +135,7 @@ def check_loaded_weights(model: nn.Module, info: dict, source: str) -> None:
             " file is whole, its config.json is another model's. To start from a full checkpoint with layers removed,"
             " pass `attention_flags=` to `from_pretrained`."
         )
-    damaged = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
+    damaged = not_finite(model.state_dict())
     if damaged:
         raise ValueError(
             f"{len(damaged)} weights of {source} hold NaN or infinity: {', '.join(damaged[:4])}. Its training failed,"
@@ -146,13 +145,6 @@ def check_loaded_weights(model: nn.Module, info: dict, source: str) -> None:
     wrong = {index: value for index, value in lambdas.items() if not 0.0 <= value <= 1.0}
     if wrong:
         raise ValueError(f"Lambda must lie in [0, 1], but {source} has, by layer: {wrong}. The file is damaged.")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # The sum of finite values can only overflow in half precision; one pass, and no mask of the tensor's size.
-    if tensor.is_meta or not tensor.is_floating_point():
-        return True
-    return math.isfinite(tensor.sum(dtype=torch.float64).item())
 
 
 def check_weight_files(folder: str | Path) -> None:

@@ -8,6 +8,7 @@ Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 24
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +17,7 @@ from transformers import initialization as init
 
 from .attention_removal import AttentionRemovalMixin
 from .blocks import RemovableAttention, note_attention_state
+from .checksums import check_checksums, remove_checksums
 from .configuration_removal import RemovalConfigMixin
 from .features import FeaturesMixin
 from .image_size import set_image_size
@@ -180,7 +182,10 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
             ValueError: if a weight of the encoder is missing from the checkpoint, has another shape, is no number, or
                 has no place in the model; if weights are there twice; if `attention_flags` asks for attention that the
                 checkpoint no longer has.
+            OSError: if the weights are cut short, or a file is not what the folder's `SHA256SUMS` lists.
         """
+        if pretrained_model_name_or_path is not None:
+            check_checksums(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), is_complete=False)
         return_info = kwargs.pop("output_loading_info", False)
         image_size = kwargs.pop("image_size", None)
         wanted = {name: kwargs.pop(name) for name in WANTED_REMOVAL if name in kwargs}
@@ -229,7 +234,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
 
         `Trainer` restores checkpoints without renaming: with the old names it would leave most tensors as they were
         (https://github.com/huggingface/transformers/issues/48805). Weights of an earlier save in the other form (one
-        file, or parts) are deleted afterwards.
+        file, or parts) are deleted afterwards, and so is `SHA256SUMS`: whoever finishes the folder lists it anew.
 
         Raises:
             ValueError: if `config.attention_flags` was edited by hand and no longer describes the model.
@@ -250,6 +255,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         )
         if is_main_process:
             remove_other_form(save_directory)
+            remove_checksums(save_directory)
 
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As [`PreTrainedModel.push_to_hub`]; ValueError while lambda is not 1 in a layer that has attention."""

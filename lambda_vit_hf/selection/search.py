@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .calibration_passes import CalibrationPasses
 from .entropy import GaussianEntropy, merge_across_processes
 from .masked_forward import MaskedForward
 from .processes import gather
 from .stability import draw_folds, resampled_transfer_entropy, share_picked
-from .statistics import CalibrationPasses
 
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
+from .calibration_passes import CalibrationPasses
 from .checks import count_layers, fit_to_model
 from .config import SelectionConfig
 from .entropy import SMALLEST_SIGMA
 from .processes import fail_together, gather, rank_and_num_processes
 from .result import AttentionSelection, SelectionStep, UnknownStrategy
 from .search import AttentionSearch
-from .statistics import CalibrationPasses
 from .strategies import STRATEGIES
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import typing
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -193,6 +194,8 @@ _EXCLUSIVE = (
 # What a recipe says of the model it makes; a checkpoint named on the command line has its own.
 _SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
           "initializer_range")  # fmt: skip
+# Texts that may be true or false.
+_ALSO_SWITCHES = ("resume_from_checkpoint",)
 # Names of before, accepted for one release.
 _RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
 
@@ -215,7 +218,8 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
 
     Raises:
         FileNotFoundError: if the recipe does not exist.
-        ValueError: if the recipe is not a mapping, or an unknown field is named.
+        ValueError: if the recipe is not a mapping, or an unknown field is named, or one twice, or without a value that
+            it can have.
     """
     parser = _new_parser(argument_types, **parser_options)
     recipe, argv = take_recipe(argv, parser)
@@ -227,11 +231,26 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
         unknown = sorted(set(values) - {field.name for kind in argument_types for field in dataclasses.fields(kind)})
         if unknown:
             raise ValueError(f"The recipe {recipe} sets unknown fields: {unknown}. `--help` lists the known ones.")
+        _check_values(recipe, values, argument_types)
         _set_defaults(parser, values, _given_fields(argv, argument_types, parser_options))
     for name in _RENAMED.keys() & set(used):
         message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
         warnings.warn(message, FutureWarning, stacklevel=2)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _check_values(recipe: str, values: dict, argument_types: Sequence[type]) -> None:
+    """YAML spells true, false and nothing in many ways (`no` is one), and Python takes true for the number 1."""
+    # Not the fields' types: HfArgumentParser changes these.
+    takes = {name: str(hint) for kind in argument_types for name, hint in typing.get_type_hints(kind).items()}
+    takes |= dict.fromkeys(_ALSO_SWITCHES, "bool | None")
+    for name, value in values.items():
+        if (value is None and "None" not in takes[name]) or (isinstance(value, bool) and "bool" not in takes[name]):
+            got = {None: "no value", True: "true", False: "false"}[value]
+            raise ValueError(
+                f"The recipe {recipe} gives {got} to {name}, which is {takes[name]}. Give a value, in quotes if it is"
+                " a word like no or on; or leave it out."
+            )
 
 
 def _new_parser(argument_types: Sequence[type], **options) -> HfArgumentParser:

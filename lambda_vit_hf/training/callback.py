@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from ..evaluation.plotting import plot_layer_entropies
 from ..hub.facts import facts_of_training, final_evaluation, last_evaluation, model_size
 from ..hub.model_card import write_model_card
 from ..hub.push import keep_back_private_files
+from ..models.checksums import write_checksums
 from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
@@ -95,14 +96,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
                 amount[new] = options[old]
             options.pop(old, None)
         self._takes_seed_of_trainer = selection is None
-        configs = {
-            "selection": _config(SelectionConfig, selection, options, _SELECTION_OPTIONS),
-            "dilution": _config(DilutionConfig, dilution, options, _DILUTION_OPTIONS),
-        }
+        selection = _config(SelectionConfig, selection, options, _SELECTION_OPTIONS)
+        dilution = _config(DilutionConfig, dilution, options, _DILUTION_OPTIONS)
         if options:
             raise TypeError(f"EntropyGuidedRemovalCallback has no arguments {sorted(options)}.")
         super().__init__()
-        self.removal = AttentionRemoval(**amount, **configs)
+        self.removal = AttentionRemoval(**amount, selection=selection, dilution=dilution)
         self.calibration_dataset = calibration_dataset
         self.facts: dict = {}  # for the model card, besides what the Trainer's state tells
         self.trainer_writes_card = False  # set by `LambdaViTTrainerMixin`
@@ -150,8 +149,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         removal.set_lambda(model, state.global_step)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        removal = self.removal
-        if not removal.is_done(model):
+        if not (removal := self.removal).is_done(model):
             # By the plan, for a look at the model would wait for the GPU in each step.
             if removal.schedule.at(max(0, state.global_step - 1)) > 0:
                 _forget_best(state)
@@ -173,8 +171,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self._forget_best_while_diluting(model, state)
-        if state.is_world_process_zero and self.selection is not None and not self.removal.is_done(model):
-            tell_how_to_finish(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.removal, model)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not checkpoint.is_dir():
+            return
+        if self.selection is not None and not self.removal.is_done(model):
+            tell_how_to_finish(checkpoint, self.removal, model)
+        write_checksums(checkpoint)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.selection is None or logs is None:
@@ -293,7 +295,5 @@ def _config(kind, given, options: dict, names: tuple[str, ...]):
 
 
 def _steps_per_epoch(train_dataloader, accumulation_steps: int) -> int | None:
-    try:
-        return math.ceil(len(train_dataloader) / accumulation_steps)
-    except TypeError:  # a stream
-        return None
+    # A stream has no length.
+    return math.ceil(len(train_dataloader) / accumulation_steps) if has_length(train_dataloader) else None

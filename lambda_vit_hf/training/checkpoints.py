@@ -12,10 +12,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..models.checksums import MANIFEST, find_damage
+from ..models.weight_files import damage_of_archive
+
 
 logger = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"  # of EmaCallback, beside the weights
+# What resuming reads, besides the model.
+RESUMED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
@@ -23,7 +28,8 @@ _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str | None:
     """
     Why a Trainer checkpoint cannot be resumed exactly, in a few words; `None` if it is whole. One of a run with
-    [`EmaCallback`] is whole only with the average of the weights.
+    [`EmaCallback`] is whole only with the average of the weights. Every file is compared with the checkpoint's
+    `SHA256SUMS`; without one, what torch wrote with the checksums inside.
 
     Args:
         checkpoint (`str` or `Path`): the folder `checkpoint-N`.
@@ -57,6 +63,7 @@ def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str 
                 pass
         except (SafetensorError, OSError):
             return f"{path.name} is cut short"
+    is_listed = (checkpoint / MANIFEST).is_file()
     for pattern in _TORCH_FILES:
         files = sorted(checkpoint.glob(pattern))
         if not files:
@@ -65,7 +72,10 @@ def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str 
             # torch writes zip archives, with the directory at the end.
             if not zipfile.is_zipfile(path):
                 return f"{path.name} is cut short"
-    return None
+            damage = None if is_listed else damage_of_archive(path)
+            if damage:
+                return f"{path.name} is damaged: {damage}"
+    return find_damage(checkpoint)
 
 
 def find_resumable_checkpoint(output_dir: str | Path, needed: tuple[str, ...] = ()) -> Path | None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
+from ..models.finite import not_finite
 from .checkpoints import EMA_FILE
 from .guards import check_model_is_whole, check_weights_agree
 
@@ -206,7 +207,11 @@ class EmaCallback(TrainerCallback, ExportableState):
                 found = (file.metadata() or {}).get("global_step")
             if found != str(step):
                 raise OSError(f"{path} holds the average of step {found}, expected step {step}.")
-            self.average.module.load_state_dict(load_file(path))
+            average = load_file(path)
+            damaged = not_finite(average)
+            if damaged:
+                raise OSError(f"{path} holds NaN or infinity in {damaged[0]}. Resume from another checkpoint.")
+            self.average.module.load_state_dict(average)
         except (SafetensorError, RuntimeError) as error:
             raise OSError(f"{path} is damaged or of another model ({error}). Resume from another one.") from error
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from ..hub.facts import ModelCardFacts, comparison_rows, final_evaluation, hub_base_model, model_size
 from ..hub.model_card import write_model_card
+from ..models.checksums import check_checksums, write_checksums
+from ..models.families import load_as_saved
+from ..models.finite import check_finite
 from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.select import AttentionSelection
 from .checkpoints import EMA_FILE
@@ -48,13 +51,15 @@ def finish_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
         FileExistsError: if the output folder is not empty.
         FileNotFoundError: if the checkpoint is not there or has no `trainer_state.json`.
         ValueError: if it is of another training, or lambda is above 0.
-        OSError: if its weights are damaged.
+        OSError: if one of its files is damaged.
+        FloatingPointError: if the model has NaN or infinity in its weights, or in its answers.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not empty: the finished model needs a folder of its own.")
+    check_checksums(checkpoint)
     state, run, fold = _read_state(checkpoint)
-    selection, model = AttentionSelection.from_dict(run["selection"]), _load_model(checkpoint)
+    selection, model = AttentionSelection.from_dict(run["selection"]), load_as_saved(checkpoint)
     lambdas = model.attention_lambdas
     diluting = {layer: lambdas[layer] for layer in selection.layers if lambdas[layer]}
     if diluting:
@@ -67,12 +72,14 @@ def finish_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
     model.remove_attention(left)
     if fold and left:
         model.fold_removed_attention()
+    check_finite(model, f"The model of {checkpoint}")
     model.save_pretrained(output_dir)
     if (checkpoint / "preprocessor_config.json").is_file():
         AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output_dir)
     selection.save(output_dir / "selection.json")
     metrics = final_evaluation(_Arguments, state) if average_is_evaluated else {}
     write_model_card(output_dir, _facts(output_dir, model, selection, size_before, state, run, metrics))
+    write_checksums(output_dir)
     return output_dir
 
 
@@ -94,17 +101,6 @@ def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool
     if not run.get("selection"):
         raise ValueError(f"{checkpoint} was written without EntropyGuidedRemovalCallback: nothing is to be removed.")
     return state, run, saved["args"].get("dilution", saved["args"])["fold"]
-
-
-def _load_model(checkpoint: Path) -> LambdaPreTrainedModel:
-    config = AutoConfig.from_pretrained(checkpoint)
-    saved = (config.architectures or [""])[0]
-    # The Auto class under which the saved class is listed.
-    known = getattr(config, "auto_map", {}).items()
-    auto = next((name for name, kind in known if kind.endswith(f".{saved}")), None)
-    if auto is None:
-        raise ValueError(f"{checkpoint / 'config.json'} is not as a model of this package writes it: no `auto_map`.")
-    return getattr(transformers, auto).from_pretrained(checkpoint)
 
 
 def _take_average(model, checkpoint: Path, state) -> bool:

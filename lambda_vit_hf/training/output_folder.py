@@ -2,16 +2,21 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from filelock import SoftFileLock, Timeout
 
 from .arguments import LambdaTrainingArguments
 from .checkpoints import find_resumable_checkpoint, num_processes_of, what_is_broken
 
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 @dataclass
@@ -60,21 +65,25 @@ class OutputFolder:
         """Moves the finished base model out of the folder of its training, on the main process."""
         if PartialState().is_main_process:
             for checkpoint in self.base_training.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+                _delete(checkpoint)
             self.base_training.rename(self.base)
         PartialState().wait_for_everyone()
 
     def bring_base(self) -> None:
         """Copies the base model of a run resumed from another folder, so that this folder can be resumed too."""
         if PartialState().is_main_process and self.source != self.path and self.base.is_dir():
-            shutil.copytree(self.base, self.path / "base", dirs_exist_ok=True)
+            half, whole = self.path / "base.part", self.path / "base"
+            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
+            shutil.copytree(self.base, half)
+            _delete(whole)
+            half.rename(whole)
         PartialState().wait_for_everyone()
 
     def clear(self) -> None:
         """Deletes what an earlier run would be resumed from, once nothing else can go wrong before training."""
         if PartialState().is_main_process:
             for old in [*self.path.glob("checkpoint-*"), self.base, self.base_training]:
-                shutil.rmtree(old, ignore_errors=True)
+                _delete(old)
         PartialState().wait_for_everyone()
 
 
@@ -87,11 +96,11 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
         ValueError: if the checkpoint named cannot be resumed.
     """
     path = Path(training_args.output_dir)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"The output folder {path} is a file.")
+    _check_no_file(path)
     requested = str(training_args.resume_from_checkpoint or "false")
     if requested.lower() == "false":
-        if path.is_dir() and any(path.iterdir()) and not training_args.overwrite_output_dir:
+        is_used = path.is_dir() and any(one.name != LOCK for one in path.iterdir())
+        if is_used and not training_args.overwrite_output_dir:
             raise FileExistsError(
                 f"The output folder {path} is not empty. Pass --overwrite_output_dir to start anew in it,"
                 " --resume_from_checkpoint true to go on with an interrupted run, or another --output_dir."
@@ -120,6 +129,53 @@ def open_output_folder(training_args: LambdaTrainingArguments) -> OutputFolder:
     else:
         logger.warning("No whole checkpoint in %s; starting from the beginning.", path)
     return folder
+
+
+@contextmanager
+def hold_output_folder(path: str | Path) -> Iterator[None]:
+    """
+    Keeps other runs out of an output folder, by a file `.lock` with the host and the id of the main process. That of
+    a process of this host which is gone does not count.
+
+    Raises:
+        FileExistsError: if it is a file, or another run writes there, naming host and process.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    path = Path(path)
+    _check_no_file(path)
+    is_new = not path.is_dir()
+    path.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        pid, host = [*(path / LOCK).read_text(encoding="utf-8").splitlines(), "?", "?"][:2]
+        raise FileExistsError(
+            f"Another run writes to {path}: process {pid} on host {host}. Wait for it, or take another --output_dir."
+            f" If it is gone with its host, delete {path / LOCK}."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and not any(path.iterdir()):
+            path.rmdir()  # nothing came of it
+
+
+def _check_no_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"The output folder {path} is a file.")
+
+
+def _delete(folder: Path) -> None:
+    """At once, for whoever looks: a kill in the middle leaves no half folder under its name."""
+    if folder.is_dir():
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _compare_processes(checkpoint: Path, world_size: int) -> None:

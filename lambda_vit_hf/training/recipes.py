@@ -44,15 +44,28 @@ def read_recipe(path: Path) -> dict:
     Fields and values of a recipe's file.
 
     Raises:
-        ValueError: if the file is no YAML, or not a mapping.
+        ValueError: if the file is no YAML, is not a mapping, or names a field twice.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            recipe = yaml.load(file, Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
     return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, of which the last of several equal keys would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        if twice:
+            place = f"{node.start_mark.name}, from line {node.start_mark.line + 1} on,"
+            raise ValueError(f"The recipe {place} names {twice} twice: which one is meant?")
+        return super().construct_mapping(node, deep)
 
 
 def take_recipe(argv: Sequence[str], parser: ArgumentParser) -> tuple[str | None, list[str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..data.sampling import fixed_randomness
+from ..models.finite import check_finite
 from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.checks import fit_to_model
 from ..selection.config import SelectionConfig
@@ -186,6 +187,7 @@ class AttentionRemoval:
 
         Raises:
             RuntimeError: while lambda is above 0. Nothing is removed then.
+            FloatingPointError: if the result has NaN or infinity in its weights, or in its answers.
         """
         if self.is_diluting(model):
             at = "" if step is None else f" at step {step} of {self.schedule.total_steps}"
@@ -203,6 +205,7 @@ class AttentionRemoval:
         self._is_removed = True
         if optimizer is not None:
             forget_removed_parameters(optimizer, model)
+        check_finite(model, "the trained model")
 
     def state_dict(self) -> dict:
         """What a checkpoint needs besides the weights: JSON-serialisable."""

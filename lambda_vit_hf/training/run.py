@@ -10,6 +10,7 @@ from transformers import DefaultFlowCallback, set_seed
 
 from ..data.dataset import collate
 from ..evaluation.metrics import classification_metrics
+from ..models.checksums import write_checksums
 from .arguments import (
     AugmentationArguments,
     DataArguments,
@@ -22,7 +23,7 @@ from .ema import EmaCallback
 from .guards import SaveOnSigterm, StopOnNonFiniteGradient
 from .losses import DistillationLoss
 from .optimization import scaled_learning_rate
-from .output_folder import OutputFolder, open_output_folder
+from .output_folder import OutputFolder, hold_output_folder, open_output_folder
 from .progress import ThroughputCallback
 from .reporting import classify_one, write_report
 from .starting_model import load_starting_model
@@ -47,13 +48,25 @@ def run_training(
         The contents of `metrics.json`.
 
     Raises:
-        FileExistsError: if the output folder is not empty and neither overwriting nor resuming was asked for.
+        FileExistsError: if the output folder is not empty and neither overwriting nor resuming was asked for, or
+            another run writes to it.
         FileNotFoundError, ValueError: on input that cannot work, naming what was expected.
         FloatingPointError: if the gradient becomes NaN.
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
     model_args, training_args = copy.copy(model_args), copy.copy(training_args)  # the caller keeps its own
     _check_training_arguments(training_args)
+    with hold_output_folder(training_args.output_dir):
+        return _run_alone(model_args, data_args, augmentation_args, removal_args, training_args)
+
+
+def _run_alone(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    removal_args: RemovalArguments,
+    training_args: LambdaTrainingArguments,
+) -> dict:
     folder = open_output_folder(training_args)
     overwrite = training_args.overwrite_output_dir and not folder.is_resumed
     set_seed(training_args.seed)
@@ -114,6 +127,7 @@ def run_training(
             model_args.model_name_or_path,
             unreadable,
         )
+        write_checksums(folder.path)
         classify_one(folder.path, splits["validation"])
     PartialState().wait_for_everyone()
     training_args.push_to_hub = push
@@ -150,7 +164,7 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
         raise ValueError("timm's cosine warms up by --warmup_epochs: leave --warmup_steps out.")
     training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
     if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph, see LambdaViTLayer
+        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph
 
 
 def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrainingArguments) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
@@ -11,8 +12,11 @@ from transformers import AutoConfig, Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..hub.push import PUSHED_FILES, is_for_the_hub
+from ..hub.push import PUSHED_FILES, is_for_the_hub, upload_files
+from ..models.checksums import check_checksums, remove_checksums, write_checksums
+from ..models.finite import check_finite
 from .callback import EntropyGuidedRemovalCallback
+from .checkpoints import RESUMED_FILES, find_resumable_checkpoint
 from .ema import EmaCallback
 
 
@@ -24,7 +28,11 @@ class LambdaViTTrainerMixin:
 
     - The model card says what [`EntropyGuidedRemovalCallback`] removed, in place of the generic one; a README.md of
       the user is added to.
-    - The average of [`EmaCallback`] is in a checkpoint before `trainer_state.json` makes it whole.
+    - The average of [`EmaCallback`], and the random state of every process, are in a checkpoint before
+      `trainer_state.json` makes it whole.
+    - Checkpoints and saved models get a `SHA256SUMS`, and what is loaded from is checked against it.
+      `resume_from_checkpoint=True` takes the newest checkpoint that is whole. A model with NaN or infinity in its
+      weights or logits is not saved as finished.
     - To the Hub goes what serves the model, and nothing else of the output folder. `hub_token` is never written to
       `training_args.bin`.
     - After removal it can train on, in several processes too.
@@ -40,15 +48,23 @@ class LambdaViTTrainerMixin:
     ```
     """
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            found = find_resumable_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"No valid checkpoint found in {self.args.output_dir}: there is nothing to resume.")
+            resume_from_checkpoint = str(found)
         before = sum(1 for _ in self.model.parameters())
-        output = super().train(*args, **kwargs)
+        if self.args.should_save:
+            remove_checksums(self.args.output_dir)  # of a model that was finished here before
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         is_smaller = sum(1 for _ in self.model.parameters()) < before
         if is_smaller and isinstance(self.model_wrapped, DistributedDataParallel):
             self.model_wrapped = self.model  # DDP would wait for gradients of parameters that are gone
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        check_checksums(resume_from_checkpoint)
         stored = AutoConfig.from_pretrained(resume_from_checkpoint)
         mine, theirs = self.model.config.removed_layers, stored.removed_layers
         if mine != theirs:  # transformers would load what fits, and warn
@@ -58,13 +74,32 @@ class LambdaViTTrainerMixin:
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        check_checksums(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
         is_checkpoint = _internal_call and output_dir is not None and self.is_in_train  # and not whole yet
-        if is_checkpoint and self.args.should_save:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, EmaCallback):
-                    callback.write_average(Path(output_dir), self.state.global_step)
+        if not is_checkpoint and self.args.should_save:
+            check_finite(self.accelerator.unwrap_model(self.model), "the trained model")
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        if not is_checkpoint:
+            write_checksums(output_dir or self.args.output_dir)
+            return
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EmaCallback):
+                callback.write_average(Path(output_dir), self.state.global_step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the main process makes the checkpoint whole next
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._removal() is None:  # which has a note to write first
+            write_checksums(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with _without_token(self.args):
@@ -128,13 +163,14 @@ class LambdaViTTrainerMixin:
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = Path(checkpoint_folder).name
             jobs.append(
-                HfApi().upload_folder(
-                    repo_id=self.hub_model_id,
-                    folder_path=checkpoint_folder,
+                HfApi().run_as_future(
+                    upload_files,
+                    checkpoint_folder,
+                    self.hub_model_id,
+                    (*PUSHED_FILES, *RESUMED_FILES),
                     path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else name,
                     commit_message=f"{message}, checkpoint",
                     token=args.hub_token,
-                    run_as_future=True,
                     revision=args.hub_revision,
                 )
             )
@@ -150,16 +186,16 @@ class LambdaViTTrainerMixin:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
 
     def _upload(self, message: str | None, token: str | None, revision: str | None, run_as_future: bool):
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            allow_patterns=list(PUSHED_FILES),
-            ignore_patterns=["*/*"],  # a pattern without a slash matches in folders too
+        upload = partial(
+            upload_files,
+            self.args.output_dir,
+            self.hub_model_id,
+            PUSHED_FILES,
             commit_message=message,
             token=token,
-            run_as_future=run_as_future,
             revision=revision or self.args.hub_revision,
         )
+        return HfApi().run_as_future(upload) if run_as_future else upload()
 
     def _removal(self) -> EntropyGuidedRemovalCallback | None:
         callbacks = self.callback_handler.callbacks

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import ViTImageProcessor
 
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.data import decoding
 from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.serving_folder import describe_preprocessing, export_for_serving
+from tests.conftest import TINY, perturb
 
 
 PROCESSORS = {
@@ -125,7 +128,7 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
     processor = ViTImageProcessor(**PROCESSORS["square"])
     check = export_for_serving(removed.eval(), processor, tmp_path / "served")
     assert check.file == "model.onnx" and check.max_difference < 1e-4
-    names = ["README.md", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
+    names = ["README.md", "SHA256SUMS", "checksums.py", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == names
     decoding_served = (tmp_path / "served" / "decoding.py").read_bytes()
     assert decoding_served == Path(decoding.__file__).read_bytes(), "pictures are decoded as in training"
@@ -165,3 +168,35 @@ def test_a_folder_in_int8_is_refused_where_it_spoils_the_answers(removed, tmp_pa
     assert check.num_images == 10 and "8-bit" in (tmp_path / "served" / "README.md").read_text()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         export_for_serving(removed.eval(), processor, tmp_path / "served")
+
+
+@pytest.fixture(scope="module")
+def in_int8(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LambdaViTConfig(**{**TINY, "num_labels": 5})
+    model = perturb(LambdaViTForImageClassification(config), size=0.3)
+    folder = tmp_path_factory.mktemp("int8") / "served"
+    export_for_serving(model, ViTImageProcessor(**PROCESSORS["square"]), folder, int8=True)
+    return folder
+
+
+def test_an_answer_in_int8_does_not_depend_on_the_other_pictures(in_int8, photographs):
+    classifier = OnnxImageClassifier(in_int8, num_threads=1)
+    white = PIL.Image.new("RGB", (16, 16), "white")
+    together = classifier.logits([photographs[0], white, photographs[1]])
+    alone = [classifier.logits([picture])[0] for picture in (photographs[0], white, photographs[1])]
+    np.testing.assert_array_equal(together, alone)
+    pixels = np.stack([classifier.preprocess(picture) for picture in (photographs[0], white)])
+    (batch,) = classifier.session.run(["logits"], {"pixel_values": pixels})
+    assert np.abs(batch[0] - alone[0]).max() > 0, "if onnxruntime mends this, batches may run at once"
+    assert "one by one" in (in_int8 / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "preprocessing.json", "serve.py", "decoding.py", "checksums.py"])
+def test_a_damaged_or_swapped_file_is_not_served(in_int8, tmp_path, name):
+    folder = shutil.copytree(in_int8, tmp_path / "served")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(OSError, match=f"{name}: not the content that SHA256SUMS lists"):
+        OnnxImageClassifier(folder)

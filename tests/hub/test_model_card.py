@@ -1,9 +1,12 @@
 """The model card: metadata that the Hub reads, measured facts, and names that stay where they belong."""
 
 import ast
+import dataclasses
+import html
 import re
 from types import SimpleNamespace
 
+import markdown  # comes with tensorboard
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -56,6 +59,9 @@ HOSTILE = {
     "template": "{{ 7 * 7 }}{% raw %}",
     "quotes": "a\"b'c",
     "YAML": "a: [b, !!python/name:os.system",
+    "HTML": "<img src=x onerror=alert(1)>&amp;",
+    "a link": "[look](https://evil.example) ![](https://evil.example/pixel.png) <https://evil.example>",
+    "code": "`a` ``b``",
 }
 NAMES = pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 
@@ -166,6 +172,11 @@ def test_layers_that_entropy_did_not_choose_are_not_said_to_be(facts, tmp_path, 
     assert "NOSE" not in text and "Entropy chose" not in text, "the card invents a search"
 
 
+def as_shown(cell: str) -> str:
+    """What a reader sees of Markdown whose every special character is escaped."""
+    return html.unescape(re.sub(r"\\([^|])", r"\1", cell))
+
+
 @NAMES
 def test_no_name_breaks_out_of_the_metadata(facts, tmp_path, name):
     plain, _ = parts(tmp_path, facts())
@@ -183,7 +194,7 @@ def test_no_name_breaks_out_of_the_metadata(facts, tmp_path, name):
 def test_no_name_breaks_out_of_its_table_cell(facts, tmp_path, name):
     _, text = parts(tmp_path, facts(rows={name: (name, "after")}, training={name: name, "epochs": "30"}))
     assert [len(row) for row in table_cells(text)] == [3, 3, 3, 2, 2, 2, 2]
-    comparison, training = table_cells(text)[2], table_cells(text)[5]
+    comparison, training = ([as_shown(cell) for cell in table_cells(text)[row]] for row in (2, 5))
     cell = name.replace("|", "\\|").replace("\n", " ").strip()
     assert comparison == [cell, cell, "after"]
     assert training == [cell, cell]
@@ -397,3 +408,22 @@ def test_a_local_folder_is_no_base_model(model, tmp_path):
     # Nor is one that has been deleted since, even if its name looks like an id.
     loaded.config._name_or_path = "me/vit"
     assert hub_base_model(loaded.config) is None
+
+
+@pytest.mark.parametrize("field", ["name", "measured_on", "evaluation", "training", "strategy", "progress"])
+@pytest.mark.parametrize("kind", ["HTML", "a link", "code"])
+def test_a_name_is_shown_as_it_is_and_not_as_html_or_markdown(facts, selection, tmp_path, field, kind):
+    name = HOSTILE[kind]
+    if field == "strategy":
+        changes = {
+            "selection": dataclasses.replace(
+                selection, config=SimpleNamespace(strategy_name=name, output="", mask="", compare="")
+            )
+        }
+    elif field in ("evaluation", "training"):
+        changes = {field: {name: name}}
+    else:
+        changes = {field: name}
+    card = write_model_card(tmp_path, facts(**{"repo_id": "me/model", **changes})).read_text()
+    shown = markdown.markdown(card.partition(BEGIN)[2], extensions=["tables", "fenced_code"])
+    assert "<img src=x" not in shown and 'https://evil.example"' not in shown

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lambda_vit_hf import LambdaViTForImageClassification
 from lambda_vit_hf.hub.push import push_folder
+from lambda_vit_hf.models.checksums import write_checksums
 from tests.hub_server import TOKEN, Fault, HubServer
 from tests.models.test_loading_and_saving import CODE
 
@@ -385,6 +386,42 @@ def test_attempts_are_bounded_and_the_call_in_the_message_goes_on(client, hub, f
     client.run(f"import lambda_vit_hf.hub.push\n{call}")
     assert commits(hub) == ["It's done"]
     assert hub.repos["tester/tiny"].private
+
+
+@pytest.mark.parametrize("fault", [{"empty": True}, {"status": 200}], ids=["no body", "a proxy's body"])
+def test_an_answer_that_is_none_is_a_clear_error_in_the_end(client, hub, folder, fault):
+    hub.faults.append(Fault("POST", "/commit/", times=9, **fault))
+    message = push_fails(client, folder, max_attempts=1)
+    assert "the answer has no content, or not what the Hub answers" in message
+    assert "nothing is committed twice" in message
+
+
+def test_a_hub_that_hangs_is_given_up_by_the_stated_limit(client, hub, folder):
+    hub.faults.append(Fault("POST", "/commit/", hang=5.0, times=2))
+    message = push_fails(client, folder, max_attempts=2, timeout=0.2)
+    assert "attempt 2 of 2" in message and "timed out" in message.lower()
+    hub.faults.clear()
+    push(client, folder)
+    assert len(commits(hub)) == 1
+
+
+def test_a_model_that_answers_in_no_numbers_is_not_pushed(client, hub, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["vit.layers.1.mlp.fc1.weight"][:] = 3e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = push_fails(client, folder, error="FloatingPointError", force=True)
+    assert "gives NaN or infinity for an image" in message
+    assert hub.requests == []
+
+
+def test_a_damaged_folder_is_not_pushed(client, hub, folder):
+    write_checksums(folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    message = push_fails(client, folder, error="OSError")
+    assert "model.safetensors: not the content that SHA256SUMS lists" in message
+    assert hub.requests == []
 
 
 def test_a_busy_hub_does_not_keep_the_creation_of_a_repository_for_ever(client, hub, folder):

@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -489,3 +490,35 @@ def test_a_hugging_face_deit_is_refused(tmp_path):
         convert_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"unknown: .*deit.*from_pretrained"):
         convert_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(weights, save):
+    path = save({"model": {**weights, "head.weight": torch.zeros(7, 64)}})
+    bomb = path.with_name("bomb.pth")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for record in archive.infolist():
+            content = archive.read(record)
+            packed.writestr(record.filename, bytes(10**8) if record.filename.endswith("data/0") else content)
+    assert bomb.stat().st_size < 2 * 10**6
+    with pytest.raises(ValueError, match=r"bomb\.pth is refused, and nothing in it was read.*grow to"):
+        convert_checkpoint(bomb)
+
+
+def test_a_tensor_that_repeats_a_few_bytes_is_refused(weights, save):
+    # 16 TB, from the one number that is in the file.
+    weights["pos_embed"] = torch.zeros(1).expand(1, 10**6, 10**6 * 4)
+    with pytest.raises(ValueError, match=r"would take 16,000,0.* bytes, over 10 times"):
+        convert_checkpoint(save(weights))
+
+
+@pytest.mark.parametrize("record", ["data/3", "data.pkl"])
+def test_a_flipped_bit_in_an_archive_is_refused(weights, save, record):
+    path = save(weights)
+    with zipfile.ZipFile(path) as archive:
+        info = next(one for one in archive.infolist() if one.filename.endswith(record))
+        start = path.read_bytes().index(archive.read(info)[:64], info.header_offset + 30)
+    content = bytearray(path.read_bytes())
+    content[start + 40] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"refused.*the checksum of .*{record} in it does not fit"):
+        convert_checkpoint(path)

@@ -1,6 +1,7 @@
 """One contract for every family: what transformers' class computes, whole; and one function, whatever is removed."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,3 +291,14 @@ def test_a_class_of_one_family_refuses_checkpoints_of_another(tmp_path):
     BARE["clip_vision_model"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="clip_vision_model"):
         lambda_vit_hf.LambdaDinov2Model.from_pretrained(tmp_path)
+
+
+def test_no_family_is_forgotten_by_the_tests():
+    from tests.end_to_end.test_families import CHECKPOINTS
+
+    families = {ending for ending, _ in FAMILIES.values()}
+    bare = {FAMILIES[name.partition(",")[0]][0] for name in BARE}
+    assert bare == families
+    assert {FAMILIES[name][0] for name in CHECKPOINTS} == families
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in readme] == []

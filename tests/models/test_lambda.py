@@ -86,9 +86,12 @@ def test_an_average_of_models_follows_its_own_lambda(model, pixel_values):
     )
 
 
-@pytest.mark.parametrize("state", ["kept", "diluting", "off"])
-def test_the_state_is_derived_from_the_buffer(model, state):
-    fill(model, {"kept": 1.0, "diluting": 0.4, "off": 0.0}[state])
+@pytest.mark.parametrize(
+    ("value", "state"),
+    [(1.0, "kept"), (0.999999, "diluting"), (0.4, "diluting"), (1e-6, "diluting"), (0.0, "off")],
+)
+def test_the_state_is_derived_from_the_buffer(model, value, state):
+    fill(model, value)
     assert model.encoder_layers[LAYER].attention_state == state
     assert f"attention {state}" in repr(model.encoder_layers[LAYER])
 
@@ -107,6 +110,15 @@ def test_a_compiled_model_follows_an_edit_of_the_buffer(model, pixel_values, val
     logits(compiled, pixel_values)
     fill(model, value)
     torch.testing.assert_close(logits(compiled, pixel_values), logits(with_lambda(model, value), pixel_values))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_an_exported_program_has_the_lambda_of_the_last_forward(model, pixel_values, value):
+    fill(model, value)
+    expected = logits(model, pixel_values)
+    program = torch.export.export(model, (pixel_values,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(pixel_values).logits, expected)
 
 
 def test_models_on_the_meta_device_have_shapes_whatever_lambda_is(vit_folder):

@@ -36,14 +36,14 @@ from lambda_vit_hf import (
     LambdaViTForMaskedImageModeling,
     LambdaViTModel,
 )
-from tests.conftest import REMOVED, TINY, perturb
+from tests.conftest import REMOVED, TINY, checkpoint_activations, perturb
 
 
 KEPT = [1, 3, 4]
 CODE = [
-    "attention.py", "attention_removal.py", "blocks.py", "configuration_lambda_vit.py", "configuration_removal.py",
-    "features.py", "folding.py", "image_size.py", "inference.py", "loading.py", "modeling_lambda_vit.py",
-    "pretrained_model.py", "token_merging.py",
+    "attention.py", "attention_removal.py", "blocks.py", "checksums.py", "configuration_lambda_vit.py",
+    "configuration_removal.py", "features.py", "finite.py", "folding.py", "image_size.py", "inference.py",
+    "loading.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
 ]  # fmt: skip
 
 
@@ -379,7 +379,7 @@ def test_checkpointing_activations_of_a_removed_model_gives_the_same_gradients(r
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            removed.activation_checkpointing_enable()
+            checkpoint_activations(removed, use_reentrant=False)
         removed.zero_grad()
         removed.train()(pixel_values, labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in removed.named_parameters()})

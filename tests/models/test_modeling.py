@@ -23,7 +23,7 @@ from lambda_vit_hf import (
     LambdaViTModel,
 )
 from lambda_vit_hf.models.folding import fold_encoder_, residual_scales
-from tests.conftest import REMOVED, TINY, perturb
+from tests.conftest import REMOVED, TINY, checkpoint_activations, perturb
 
 
 def logits(model, pixel_values):
@@ -348,7 +348,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, us
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model, use_reentrant=use_reentrant)
         model.zero_grad()
         model.train()(pixel_values, labels=labels).loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

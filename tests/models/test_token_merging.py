@@ -24,7 +24,7 @@ from lambda_vit_hf.models.token_merging import (
     most_mergeable,
     proportional_attention,
 )
-from tests.conftest import REMOVED, TINY
+from tests.conftest import REMOVED, TINY, checkpoint_activations
 
 
 def logits(model, pixel_values):
@@ -193,7 +193,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(merging, pixel_value
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            merging.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(merging, use_reentrant=use_reentrant)
         merging.zero_grad()
         merging.train()(pixel_values, labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in merging.named_parameters() if p.grad is not None})

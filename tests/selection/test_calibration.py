@@ -136,6 +136,17 @@ def test_pictures_are_processed():
         CalibrationBatches(pictures)
 
 
+def test_a_dataset_with_a_transform_of_its_own_is_read_through_it():
+    pictures = [PIL.Image.new("L", (4, 4), value) for value in (10, 200)]
+    rows = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+
+    def with_pixels(rows):
+        return {"pixel_values": [torch.full((3, 2, 2), float(image.getpixel((0, 0)))) for image in rows["image"]]}
+
+    ((images, _),) = CalibrationBatches(rows.with_transform(with_pixels))
+    assert images[:, 0, 0, 0].tolist() == [10.0, 200.0]
+
+
 def test_pictures_are_decoded_as_in_training():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6

@@ -238,3 +238,27 @@ def test_deepspeed_is_refused_when_the_launcher_asks_for_it(tmp_path, monkeypatc
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="does not work with DeepSpeed"):
         parse_arguments(["--output_dir", str(tmp_path)], [LambdaTrainingArguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: true", "gives true to learning_rate, which is .*float"),
+        ("learning_rate:", "gives no value to learning_rate"),
+        ("seed: null", "gives no value to seed"),
+        ("fold:", "gives no value to fold"),
+        ("eval_strategy: no", "gives false to eval_strategy.*in quotes"),
+        ("calibration_size: off", "gives false to calibration_size"),
+        ("learning_rate: 0.1\nseed: 1\nlearning_rate: 0.01", r"recipe\.yaml, .*names \['learning_rate'\] twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", r"names \['a'\] twice"),
+    ],
+)
+def test_what_a_field_cannot_be_is_one_line_that_names_it(recipe, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_arguments([recipe(text + "\n")], PROGRAM_ARGUMENTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_may_be_a_switch_in_a_recipe(recipe):
+    path = recipe("resume_from_checkpoint: true\noutput_dir: x\nuse_cpu: true\n")
+    assert str(parse_arguments([path], PROGRAM_ARGUMENTS)[-1].resume_from_checkpoint) == "True"

@@ -123,7 +123,8 @@ def test_lambda_is_constant_within_a_step_of_accumulated_gradients(model, tmp_pa
     model.register_forward_pre_hook(lambda module, _: seen.append(module.attention_lambdas[1]) or None)
     callback = EntropyGuidedRemovalCallback(removed_layers=[1])
     make_trainer(model, tmp_path, [callback], gradient_accumulation_steps=3, per_device_train_batch_size=4).train()
-    assert seen == pytest.approx([max(0.0, 1 - step / 8) for step in range(12) for _ in range(3)])
+    # The last one is of the check of the finished model.
+    assert seen[:-1] == pytest.approx([max(0.0, 1 - step / 8) for step in range(12) for _ in range(3)])
 
 
 def test_lambda_can_change_per_epoch(model, tmp_path):

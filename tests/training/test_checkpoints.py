@@ -2,13 +2,22 @@
 
 import json
 import logging
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
+from lambda_vit_hf.models.checksums import write_checksums
 from lambda_vit_hf.training.checkpoints import find_resumable_checkpoint, what_is_broken
+from lambda_vit_hf.training.trainer_mixin import LambdaViTTrainer
+from tests.conftest import TINY, in_two_processes
+from tests.small_training import make_trainer
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -135,3 +144,84 @@ def test_a_missing_shard_is_noticed(checkpoint):
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     assert "model-00002-of-00002.safetensors" in what_is_broken(checkpoint)
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def record_in(path: Path, suffix: str) -> int:
+    """Where the bytes of a record of an archive of torch begin."""
+    with zipfile.ZipFile(path) as archive:
+        record = next(info for info in archive.infolist() if info.filename.endswith(suffix))
+        with archive.open(record) as content:
+            return path.read_bytes().index(content.read(8), record.header_offset + 30)
+
+
+def test_a_flipped_bit_in_moments_of_the_optimizer_is_noticed_without_checksums(checkpoint):
+    flip_a_bit(checkpoint / "optimizer.pt", record_in(checkpoint / "optimizer.pt", "data/0"))
+    torch.load(checkpoint / "optimizer.pt")  # which does not notice
+    assert what_is_broken(checkpoint).startswith("optimizer.pt is damaged: the checksum of")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_noticed_by_the_checksums(checkpoint, name):
+    write_checksums(checkpoint)
+    flip_a_bit(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+    assert name in (what_is_broken(checkpoint) or "nothing")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_file_is_named(tmp_path, caplog):
+    for step in (5, 10):
+        write_checksums(write_checkpoint(tmp_path / f"checkpoint-{step}"))
+    flip_a_bit(tmp_path / "checkpoint-10" / "model.safetensors", -9)
+    assert find_resumable_checkpoint(tmp_path).name == "checkpoint-5"
+    assert "checkpoint-10" in caplog.text and "model.safetensors" in caplog.text
+
+
+class SlowSecondProcess(LambdaViTTrainer):
+    def _save_rng_state(self, output_dir):
+        time.sleep(self.args.process_index)
+        super()._save_rng_state(output_dir)
+
+
+class Look(TrainerCallback, ExportableState):
+    """Which random states are there just before `trainer_state.json` is written."""
+
+    def __init__(self, folder: str):
+        self.folder, self.seen = folder, []
+
+    def state(self):
+        self.seen = sorted(path.name for path in Path(self.folder).rglob("rng_state*"))
+        return {"args": {}, "attributes": {}}
+
+
+def train_slowly(folder: str, rank: int) -> list[str]:
+    look = Look(folder)
+    model = LambdaViTForImageClassification(LambdaViTConfig(**TINY))
+    options = dict(save_strategy="steps", save_steps=2, max_steps=2)
+    make_trainer(model, folder, [look], kind=SlowSecondProcess, **options).train()
+    return look.seen
+
+
+def test_in_two_processes_a_checkpoint_is_whole_only_with_both_random_states(tmp_path):
+    assert in_two_processes(train_slowly, str(tmp_path))[0] == ["rng_state_0.pth", "rng_state_1.pth"]
+    listed = (tmp_path / "checkpoint-2" / "SHA256SUMS").read_text()
+    assert "rng_state_0.pth" in listed and "rng_state_1.pth" in listed
+
+
+def test_resume_true_takes_the_newest_whole_checkpoint(model, tmp_path, caplog):
+    options = dict(save_strategy="steps", save_steps=4, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [], **options).train()
+    flip_a_bit(tmp_path / "checkpoint-12" / "optimizer.pt", 1000)
+    make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=True)
+    assert "checkpoint-12: optimizer.pt: not the content" in caplog.text
+    assert what_is_broken(tmp_path / "checkpoint-12") is None, "it should be written anew, from checkpoint-8 on"
+    for step in (4, 8, 12):
+        flip_a_bit(tmp_path / f"checkpoint-{step}" / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=True)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, finish_checkpoint
 from lambda_vit_hf.hub.push import check_folder
+from lambda_vit_hf.models.checksums import MANIFEST, find_damage, remove_checksums
 from lambda_vit_hf.selection.select import AttentionSelection
 from tests.training.test_callback import make_trainer
 
@@ -63,6 +65,7 @@ def test_what_is_no_checkpoint_of_a_removal_is_refused(model, tmp_path):
         finish_checkpoint(checkpoint, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json"):
         finish_checkpoint(tmp_path / "nowhere", output)
+    remove_checksums(checkpoint)  # as an older version left it
     state = checkpoint / "trainer_state.json"
     content = state.read_text()
     state.write_text(content[:-20])
@@ -79,18 +82,38 @@ def test_what_is_no_checkpoint_of_a_removal_is_refused(model, tmp_path):
     assert not output.exists()
 
 
-def test_a_config_that_names_no_class_of_this_package_is_refused(model, tmp_path):
-    train(model, tmp_path)
-    path = tmp_path / "checkpoint-12" / "config.json"
-    config = json.loads(path.read_text())
-    del config["auto_map"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no `auto_map`"):
-        finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
-
-
 def test_a_checkpoint_that_lost_its_average_is_refused(model, tmp_path):
     train(model, tmp_path, [EmaCallback(0.9)])
+    remove_checksums(tmp_path / "checkpoint-12")
     (tmp_path / "checkpoint-12" / "ema.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"ema\.safetensors is missing"):
         finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused_by_name(model, tmp_path):
+    train(model, tmp_path)
+    checkpoint, output = tmp_path / "checkpoint-12", tmp_path / "finished"
+    listed = [line.split()[1] for line in (checkpoint / MANIFEST).read_text().splitlines()]
+    assert {"config.json", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(listed)
+    for name in listed:
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(OSError, match=name):
+            finish_checkpoint(checkpoint, output)
+        (checkpoint / name).write_bytes(whole)
+    assert not output.exists()
+    finish_checkpoint(checkpoint, output)
+    assert (output / MANIFEST).is_file() and find_damage(output) is None
+
+
+@pytest.mark.parametrize(("value", "message"), [(torch.nan, "weights .* hold NaN"), (3e38, "gives NaN or infinity")])
+def test_a_model_that_answers_in_no_numbers_is_not_finished(model, tmp_path, value, message):
+    train(model, tmp_path, [EmaCallback(0.9)])
+    checkpoint = tmp_path / "checkpoint-12"
+    remove_checksums(checkpoint)
+    average = load_file(checkpoint / "ema.safetensors")
+    average["vit.layers.1.mlp.fc1.weight"][:] = value
+    save_file(average, checkpoint / "ema.safetensors", metadata={"format": "pt", "global_step": "12"})
+    with pytest.raises(FloatingPointError, match=message):
+        finish_checkpoint(checkpoint, tmp_path / "finished")
+    assert not (tmp_path / "finished").exists()

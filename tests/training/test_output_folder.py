@@ -2,6 +2,10 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from safetensors.torch import save_file
 
 from lambda_vit_hf.training.arguments import LambdaTrainingArguments
 from lambda_vit_hf.training.ema import EMA_FILE
-from lambda_vit_hf.training.output_folder import open_output_folder
+from lambda_vit_hf.training.output_folder import hold_output_folder, open_output_folder
 
 
 def training_args(folder: Path, **options) -> LambdaTrainingArguments:
@@ -121,3 +125,91 @@ def test_clearing_deletes_what_could_be_resumed_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").touch()
     open_output_folder(training_args(tmp_path, overwrite_output_dir=True)).clear()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_base_model_that_was_half_copied_when_a_run_was_killed_is_not_taken(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path / "one" / "checkpoint-3")
+    (tmp_path / "one" / "base").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "one" / "base" / name).write_text(name)
+    folder = open_output_folder(training_args(tmp_path / "two", resume_from_checkpoint=str(checkpoint)))
+
+    def copy_one_and_stop(source, destination):
+        Path(destination, "config.json").parent.mkdir(parents=True, exist_ok=True)
+        Path(destination, "config.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.copytree", copy_one_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        folder.bring_base()
+    monkeypatch.undo()
+    assert not (tmp_path / "two" / "base").exists()
+    folder.bring_base()
+    assert sorted(path.name for path in (tmp_path / "two" / "base").iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["base"]
+
+
+def test_a_kill_while_old_things_are_deleted_leaves_no_half_of_them(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "checkpoint-3")
+    folder = open_output_folder(training_args(tmp_path, overwrite_output_dir=True))
+
+    def delete_one_and_stop(path, **kwargs):
+        if Path(path).is_dir():
+            next(iter(Path(path).iterdir())).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", delete_one_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        folder.clear()
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def hold(path, connection):
+    with hold_output_folder(path):
+        connection.send("held")
+        connection.recv()
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that holds the folder `run`."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "run", there))
+    process.start()
+    assert here.recv() == "held"
+    yield process, here
+    process.kill()
+    process.join()
+
+
+def test_a_second_run_in_a_folder_is_told_who_writes_there(tmp_path, other_run):
+    process, connection = other_run
+    with (
+        pytest.raises(FileExistsError, match=rf"Another run.*process {process.pid} on host {socket.gethostname()}"),
+        hold_output_folder(tmp_path / "run"),
+    ):
+        pass
+    connection.send("end")
+    process.join()
+    with hold_output_folder(tmp_path / "run"):
+        assert os.listdir(tmp_path / "run") == [".lock"]
+        assert open_output_folder(training_args(tmp_path / "run")).checkpoint is None  # it counts as empty
+
+
+def test_the_lock_of_a_run_that_was_killed_does_not_count(tmp_path, other_run):
+    process, _ = other_run
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / "run" / ".lock").is_file()
+    with hold_output_folder(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="wrong input"), hold_output_folder(tmp_path / "run"):
+        raise ValueError("wrong input")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file"), hold_output_folder(tmp_path / "file"):
+        pass

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lambda_vit_hf import AttentionRemoval, DilutionConfig, LambdaViTForImageClassification, SelectionConfig
-from lambda_vit_hf.models.families import family_class
+from lambda_vit_hf.models.families import FAMILIES, family_class
 from lambda_vit_hf.training.removal import forget_removed_parameters
 from tests.conftest import TINY
 from tests.small_training import Blobs
@@ -152,13 +152,11 @@ def test_a_rehearsal_leaves_the_model_as_it_was(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-FAMILIES = ["vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip_vision_model", "clip_vision_model"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted({ending for ending, _ in FAMILIES.values()}))
 def test_every_family_rehearses_and_is_removed_from(family):
     shape = {name: value for name, value in TINY.items() if name != "num_labels"}
-    model = family_class(family, "ForImageClassification")(family_class(family, "Config")(**shape, num_labels=3))
+    config = family_class(f"lambda_{family}", "Config")(**shape, num_labels=3)
+    model = family_class(config.model_type, "ForImageClassification")(config)
     removal = AttentionRemoval(removed_layers=[1, 3])
     removal.choose(model)
     removal.plan(total_steps=4)
