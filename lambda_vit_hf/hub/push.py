@@ -96,8 +96,7 @@ def push_folder(
 
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
-            infinite, or do not fit the config; if a lambda is not 1 or the head is new (see `force`). Nothing was sent
-            then.
+            infinite, or do not fit the config; if lambda is not 1 or the head new (see `force`). Nothing was sent.
         OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
         FloatingPointError: if the model answers in NaN or infinity. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.
@@ -212,10 +211,7 @@ def check_folder(folder: str | Path, *, force: bool = False) -> list[Path]:
             f" `attention_flags` of config.json are {flags}. Save the model again."
         )
     if config.get("newly_initialized_head") and not force:
-        raise ValueError(
-            f"The class head of {folder} was saved before any training: it is random. Train it, or push with"
-            " `force=True`."
-        )
+        raise ValueError(f"The class head of {folder} was saved before any training. Train it, or use `force=True`.")
     if diluted and not force:
         raise ValueError(
             f"{folder} is not finished, lambda is not 1 in layers that still have attention: {diluted}. Train on, or"

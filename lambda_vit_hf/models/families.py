@@ -68,10 +68,10 @@ def load_as_saved(folder: str | Path):
     A saved model, as the class that its config names.
 
     Raises:
-        ValueError: if that is no class of a family; what the class's `from_pretrained` raises.
+        OSError: if there is no model; ValueError: if it is of no family; what the class's `from_pretrained` raises.
     """
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    model_type, architecture = config.get("model_type", "unknown"), (config.get("architectures") or ["Model"])[0]
+    config = read_config_dict(folder)
+    model_type, architecture = config["model_type"], (config.get("architectures") or ["Model"])[0]
     beginning = {**FAMILIES, **_OWN}.get(model_type, ("", ""))[1]
     return family_class(model_type, architecture.removeprefix(beginning)).from_pretrained(folder)
 

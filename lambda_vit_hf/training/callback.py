@@ -95,14 +95,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
                 amount[new] = options[old]
             options.pop(old, None)
         self._takes_seed_of_trainer = selection is None
-        configs = {
-            "selection": _config(SelectionConfig, selection, options, _SELECTION_OPTIONS),
-            "dilution": _config(DilutionConfig, dilution, options, _DILUTION_OPTIONS),
-        }
+        selection = _config(SelectionConfig, selection, options, _SELECTION_OPTIONS)
+        dilution = _config(DilutionConfig, dilution, options, _DILUTION_OPTIONS)
         if options:
             raise TypeError(f"EntropyGuidedRemovalCallback has no arguments {sorted(options)}.")
         super().__init__()
-        self.removal = AttentionRemoval(**amount, **configs)
+        self.removal = AttentionRemoval(**amount, selection=selection, dilution=dilution)
         self.calibration_dataset = calibration_dataset
         self.facts: dict = {}  # for the model card, besides what the Trainer's state tells
         self.trainer_writes_card = False  # set by `LambdaViTTrainerMixin`
@@ -150,8 +148,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         removal.set_lambda(model, state.global_step)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        removal = self.removal
-        if not removal.is_done(model):
+        if not (removal := self.removal).is_done(model):
             # By the plan, for a look at the model would wait for the GPU in each step.
             if removal.schedule.at(max(0, state.global_step - 1)) > 0:
                 _forget_best(state)
