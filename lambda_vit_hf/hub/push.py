@@ -96,7 +96,8 @@ def push_folder(
 
     Raises:
         ValueError: on an invalid repo id; if the folder lacks config or weights; if weights are cut short, NaN or
-            infinite, or do not fit the config; if lambda is not 1 or the head new (see `force`). Nothing was sent.
+            infinite, or do not fit the config; if a lambda is not 1 or the head is new (see `force`). Nothing was sent
+            then.
         OSError: if a file is not what the folder's `SHA256SUMS` lists. Nothing was sent then.
         FloatingPointError: if the model answers in NaN or infinity. Nothing was sent then.
         PushError: if the Hub refuses or cannot be reached. The folder on disk is untouched.

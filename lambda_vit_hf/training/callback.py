@@ -1,13 +1,12 @@
 """Entropy-guided removal of attention layers inside the Hugging Face Trainer."""
 
 import logging
-import math
 import sys
 import warnings
 from pathlib import Path
 
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, has_length
+from transformers.trainer_utils import SaveStrategy
 
 from ..evaluation.plotting import plot_layer_entropies
 from ..hub.facts import facts_of_training, final_evaluation, last_evaluation, model_size
@@ -18,7 +17,7 @@ from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
 from .calibration_images import images_of_training
-from .dilution import DilutionConfig, DilutionSchedule
+from .dilution import DilutionConfig, DilutionSchedule, steps_per_epoch
 from .finishing import tell_how_to_finish
 from .guards import OneModelInAllProcesses, check_model_is_whole
 from .removal import AttentionRemoval
@@ -140,7 +139,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         if removal.is_done(model):
             logger.info("Attention layers %s were removed before; nothing to dilute.", removal.selection.layers)
             return
-        removal.plan(state.max_steps, _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps))
+        removal.plan(state.max_steps, steps_per_epoch(train_dataloader, args.gradient_accumulation_steps))
         if state.global_step > 0:
             removal.check_restored(model, state.global_step)
         else:
@@ -172,11 +171,10 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     def on_save(self, args, state, control, model=None, **kwargs):
         self._forget_best_while_diluting(model, state)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or not checkpoint.is_dir():
-            return
-        if self.selection is not None and not self.removal.is_done(model):
-            tell_how_to_finish(checkpoint, self.removal, model)
-        write_checksums(checkpoint)
+        if state.is_world_process_zero and checkpoint.is_dir():
+            if self.selection is not None and not self.removal.is_done(model):
+                tell_how_to_finish(checkpoint, self.removal, model)
+            write_checksums(checkpoint)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.selection is None or logs is None:
@@ -292,8 +290,3 @@ def _config(kind, given, options: dict, names: tuple[str, ...]):
     if fields:
         raise ValueError(f"Give {sorted(fields)} in the {kind.__name__}, not beside it.")
     return kind(**given) if isinstance(given, dict) else given
-
-
-def _steps_per_epoch(train_dataloader, accumulation_steps: int) -> int | None:
-    # A stream has no length.
-    return math.ceil(len(train_dataloader) / accumulation_steps) if has_length(train_dataloader) else None

@@ -130,3 +130,11 @@ class DilutionSchedule:
         if step >= self.first_zero_step:
             return 0.0
         return min(1.0, max(0.0, SCHEDULES[self.shape](step / self.first_zero_step)))
+
+
+def steps_per_epoch(train_dataloader, accumulation_steps: int) -> int | None:
+    """Optimizer steps of an epoch; `None` for a stream of unknown length."""
+    try:
+        return math.ceil(len(train_dataloader) / accumulation_steps)
+    except TypeError:
+        return None

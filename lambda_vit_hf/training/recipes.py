@@ -44,7 +44,7 @@ def read_recipe(path: Path) -> dict:
     Fields and values of a recipe's file.
 
     Raises:
-        ValueError: if the file is no YAML, is not a mapping, or names a field twice.
+        ValueError: if the file is no YAML, not a mapping, or names a field twice.
     """
     try:
         with path.open(encoding="utf-8") as file:

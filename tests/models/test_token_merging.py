@@ -350,3 +350,15 @@ def test_autocast_does_not_change_which_tokens_are_alike(dtype):
     with torch.autocast("cpu", dtype):
         found, _ = merge_tokens(hidden_states, None, keys, 8)
     assert torch.equal(found, expected)
+
+
+def test_tokens_are_alike_by_the_direction_of_their_keys_not_by_their_length():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 1, 9, 4, generator=generator)
+    keys[0, 0, 2] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    keys[0, 0, 3] = torch.tensor([0.1, 0.0, 0.0, 0.0])  # the same direction as token 2
+    keys[0, 0, 5] = torch.tensor([50.0, 50.0, 0.0, 0.0])  # a larger product with it
+    hidden_states = torch.randn(1, 9, 8, generator=generator)
+    merged, sizes = merge_tokens(hidden_states, None, keys, 1)
+    (place,) = (sizes[0, :, 0] == 2).nonzero().flatten().tolist()
+    torch.testing.assert_close(merged[0, place], (hidden_states[0, 2] + hidden_states[0, 3]) / 2)
