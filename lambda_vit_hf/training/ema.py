@@ -69,7 +69,8 @@ class EmaCallback(TrainerCallback, ExportableState):
     def __init__(self, decay: float = 0.99996, use_for_evaluation: bool = True):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
-        self.decay, self.use_for_evaluation = decay, use_for_evaluation
+        # Plain values: a checkpoint keeps them as JSON, which knows none of numpy's.
+        self.decay, self.use_for_evaluation = float(decay), bool(use_for_evaluation)
         self.average = None
         self.resume_from: str | Path | None = None
         self._raw_weights: list[torch.Tensor] | None = None  # of the model, while it holds the average

@@ -1,7 +1,9 @@
 import copy
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -288,3 +290,8 @@ def test_an_evaluation_called_off_does_not_leave_the_average_in_training(model, 
 def test_decay_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         EmaCallback(1.0)
+
+
+def test_settings_in_numpys_numbers_are_kept_as_json():
+    state = EmaCallback(np.float32(0.5), use_for_evaluation=np.bool_(False)).state()
+    assert json.loads(json.dumps(state))["args"] == {"decay": 0.5, "use_for_evaluation": False}
