@@ -40,7 +40,7 @@ class AttentionRemovalMixin:
             ValueError: if `value` is outside [0, 1], or a layer is unknown, repeated or already removed.
         """
         self._check_not_prepared()
-        if isinstance(value, bool) or not 0.0 <= value <= 1.0:
+        if value is None or isinstance(value, (bool, str)) or not 0.0 <= value <= 1.0:
             raise ValueError(f"lambda must be a number in [0, 1], got {value!r}.")
         for index in self._check_attention_exists(layers):
             self.encoder_layers[index].set_attention_lambda(value)

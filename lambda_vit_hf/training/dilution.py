@@ -7,6 +7,7 @@ Source: Lin et al., CVPR 2024, section 3.3; the authors' code: lambda(epoch) = m
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,8 +47,10 @@ class DilutionConfig:
     fold: bool = True
 
     def __post_init__(self):
-        if isinstance(self.fold, str):
-            raise ValueError(f"`fold` must be True or False, got {self.fold!r}.")  # bool("false") is True
+        if self.fold not in (True, False):  # bool("false") is True
+            raise ValueError(f"`fold` must be True or False, got {self.fold!r}.")
+        if not isinstance(self.hold_share, numbers.Real):
+            raise ValueError(f"`hold_share` must be a number in [0, 1), got {self.hold_share!r}.")
         for name, kind in (("schedule", str), ("hold_share", float), ("granularity", str), ("fold", bool)):
             object.__setattr__(self, name, kind(getattr(self, name)))  # a numpy value would not go into JSON
         for name, allowed in (("schedule", sorted(SCHEDULES)), ("granularity", list(GRANULARITIES))):

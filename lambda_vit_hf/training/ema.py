@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import numbers
 import os
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class EmaCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, decay: float = 0.99996, use_for_evaluation: bool = True):
-        if not 0.0 <= decay < 1.0:
+        if not isinstance(decay, numbers.Real) or not 0.0 <= decay < 1.0:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
         # Plain values: a checkpoint keeps them as JSON, which knows none of numpy's.
         self.decay, self.use_for_evaluation = float(decay), bool(use_for_evaluation)

@@ -125,3 +125,9 @@ def test_models_on_the_meta_device_have_shapes_whatever_lambda_is(vit_folder):
     model = LambdaViTForImageClassification.from_pretrained(vit_folder)
     meta = copy.deepcopy(model).to("meta")
     assert meta(torch.zeros(2, 3, 16, 16, device="meta")).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), None, "0.3", True])
+def test_a_lambda_that_is_none_is_refused(model, value):
+    with pytest.raises(ValueError, match=r"lambda must be a number in \[0, 1\]"):
+        model.set_attention_lambda(value, [LAYER])

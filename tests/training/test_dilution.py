@@ -104,3 +104,11 @@ def test_arguments_out_of_range_are_named(arguments, named):
 def test_words_are_not_taken_for_true(fold):
     with pytest.raises(ValueError, match="`fold` must be True or False"):
         DilutionConfig(fold=fold)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hold_share": None}, {"hold_share": "0.3"}, {"fold": None}, {"fold": 2}, {"fold": "no"}]
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DilutionConfig(**wrong)
