@@ -67,7 +67,23 @@ class ImagePreparation:
             return self.augmentation(image)
 
 
-class ProcessedImages(Dataset):
+class ImagesOfEpochs(Dataset):
+    """Images whose random numbers differ from epoch to epoch; what map-style and streamed images have in common."""
+
+    def __init__(self):
+        self._epoch = torch.tensor(0).share_memory_()  # workers that live through many epochs see it change, too
+
+    @property
+    def epoch(self) -> int:
+        """Of order and augmentation, from 0; dataloader workers see it change."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call it before the images of an epoch are asked for (see [`AugmentationEpoch`])."""
+        self._epoch.fill_(epoch)
+
+
+class ProcessedImages(ImagesOfEpochs):
     """
     Items `{"pixel_values": (channels, height, width), "labels": int}` from a dataset with `image` and `label`.
 
@@ -99,19 +115,10 @@ class ProcessedImages(Dataset):
         is_evaluation: bool = False,
         max_pixels: int = MAX_PIXELS,
     ):
+        super().__init__()
         dataset = undecoded(dataset)
         self.dataset, self.seed, self.is_evaluation = dataset, seed, is_evaluation
         self.prepare = ImagePreparation(image_processor, augmentation, unreadable, with_draws, max_pixels)
-        self._epoch = shared_number()
-
-    @property
-    def epoch(self) -> int:
-        """Of the augmentation, from 0; dataloader workers see it change."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Other random augmentations in each epoch (see [`AugmentationEpoch`])."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -142,11 +149,6 @@ class ProcessedImages(Dataset):
             if image is not None:
                 return image, row["label"]
         raise OSError(f"No image of the dataset can be decoded. {self.prepare.unreadable.summary()}")
-
-
-def shared_number(value: int = 0) -> torch.Tensor:
-    """A number that dataloader workers see change, those too that live through many epochs."""
-    return torch.tensor(value).share_memory_()
 
 
 class RandomShift:

@@ -13,7 +13,7 @@ import fsspec.asyn
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from .dataset import ImagePreparation, collate, shared_number
+from .dataset import ImagePreparation, ImagesOfEpochs, collate
 from .decoding import MAX_PIXELS, UnreadableImages
 from .sampling import dealt, shuffled
 from .shards import sizes_of_stream
@@ -25,7 +25,7 @@ MAX_SHARDS = 4096  # a stream may have a shard for each of a million files: they
 ROWS_AT_ONCE = 16
 
 
-class StreamedImages(Dataset):
+class StreamedImages(ImagesOfEpochs):
     """
     Training images from a `datasets.IterableDataset`; [`StreamedImages.loader`] reads them.
 
@@ -75,6 +75,7 @@ class StreamedImages(Dataset):
             raise ValueError(f"Process {process_index} is none of {num_processes}.")
         if buffer_size < 1 or (num_images is not None and num_images < 1):
             raise ValueError(f"A buffer of {buffer_size} or a stream of {num_images} images is no use: at least 1.")
+        super().__init__()
         self.stream, self.seed, self.buffer_size = stream, seed, buffer_size
         self.num_images, self.process_index, self.num_processes = num_images, process_index, num_processes
         self.num_classes = stream.features["label"].num_classes
@@ -84,16 +85,6 @@ class StreamedImages(Dataset):
         self.shard_sizes = None
         if sizes is not None and known == num_images:
             self.shard_sizes = [sum(sizes[index :: self.num_shards]) for index in range(self.num_shards)]
-        self._epoch = shared_number()
-
-    @property
-    def epoch(self) -> int:
-        """Of order and augmentation, from 0; dataloader workers see it change."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """To be called before the loader is gone through, see [`~lambda_vit_hf.data.dataset.AugmentationEpoch`]."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Images that this process sees in an epoch."""
