@@ -24,8 +24,8 @@ from lambda_vit_hf import LambdaViTForImageClassification
 SLOW_FILES = {
     "test_bit_flips.py", "test_compare_selections.py", "test_distributed.py", "test_examples.py", "test_export.py",
     "test_golden.py", "test_inference_speed.py", "test_kills.py", "test_loading_and_saving.py", "test_onnx.py",
-    "test_push.py", "test_recipes.py", "test_resuming.py", "test_serving_folder.py", "test_training.py",
-    "test_variants.py", "test_wheel.py",
+    "test_push.py", "test_recipes.py", "test_remote_code.py", "test_resuming.py", "test_serving_folder.py",
+    "test_training.py", "test_variants.py", "test_wheel.py",
 }  # fmt: skip
 
 

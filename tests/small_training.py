@@ -2,7 +2,10 @@
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTConfig, LambdaViTForImageClassification
+from tests.conftest import TINY
 
 
 class Blobs(Dataset):
@@ -39,3 +42,48 @@ def make_trainer(model, folder, callbacks, dataset=None, kind: type[Trainer] = T
         callbacks=callbacks,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
+
+
+class Recorder(TrainerCallback):
+    """What each optimizer step ran with: lambda of every layer, and how many attentions were computed per forward."""
+
+    def __init__(self):
+        self.lambdas, self.attentions, self.weights = [], [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.calls = 0
+        for layer in model.encoder_layers:
+            layer.attention.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.calls = 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.lambdas.append(model.attention_lambdas)
+        self.attentions.append(self.calls)
+        self.weights.append([p.detach().clone() for p in model.encoder_layers[2].attention_parameters()])
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def final_weights(folder, resume=None, **arguments):
+    """A training with removal, with dropout and stochastic depth; returns model, callback and trainer."""
+    torch.manual_seed(0)
+    config = LambdaViTConfig(**TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, drop_path_rate=0.1)
+    model = LambdaViTForImageClassification(config)
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=3)
+    settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=2) | arguments
+    trainer = make_trainer(model, folder, [callback], **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return model, callback, trainer

@@ -73,7 +73,7 @@ TRAINER = """
 from pathlib import Path
 from tests.conftest import TINY
 from tests.small_training import make_trainer
-from tests.training.test_callback import StopAt
+from tests.small_training import StopAt
 
 torch.manual_seed(0)
 folder = Path(folder)

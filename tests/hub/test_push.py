@@ -22,7 +22,7 @@ from lambda_vit_hf import LambdaViTForImageClassification
 from lambda_vit_hf.hub.push import push_folder
 from lambda_vit_hf.models.checksums import write_checksums
 from tests.hub_server import TOKEN, Fault, HubServer
-from tests.models.test_loading_and_saving import CODE
+from tests.models.test_remote_code import CODE
 
 
 class Client:

@@ -1,12 +1,8 @@
-"""A saved model is the same function wherever it is opened: Auto classes, pipelines, remote code, ONNX, PEFT."""
+"""A saved model is the same function wherever it is opened: Auto classes, pipelines, shards, ONNX, PEFT."""
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import onnxruntime
@@ -15,7 +11,6 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -40,21 +35,11 @@ from tests.conftest import REMOVED, TINY, checkpoint_activations, perturb
 
 
 KEPT = [1, 3, 4]
-CODE = [
-    "attention.py", "attention_removal.py", "blocks.py", "checksums.py", "configuration_lambda_vit.py",
-    "configuration_removal.py", "features.py", "finite.py", "folding.py", "image_size.py", "inference.py",
-    "loading.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
-]  # fmt: skip
 
 
 def logits(model, pixel_values):
     with torch.no_grad():
         return model(pixel_values=pixel_values).logits
-
-
-def feature_maps(model, pixel_values):
-    with torch.no_grad():
-        return model(pixel_values).feature_maps
 
 
 @pytest.fixture
@@ -93,9 +78,10 @@ def test_auto_models_share_the_encoder_to_the_bit(folder, removed, repository_ex
         bare = AutoModel.from_pretrained(folder)(pixel_values).last_hidden_state
         masked = AutoModelForMaskedImageModeling.from_pretrained(folder).vit(pixel_values).last_hidden_state
         backbone = AutoBackbone.from_pretrained(str(folder), reshape_hidden_states=False)
+        maps = backbone(pixel_values).feature_maps
     assert torch.equal(bare, expected)
     assert torch.equal(masked, expected)
-    assert torch.equal(feature_maps(backbone, pixel_values)[0], expected)
+    assert torch.equal(maps[0], expected)
 
 
 def test_the_classification_pipeline_gives_the_models_probabilities(folder, removed, image):
@@ -112,86 +98,6 @@ def test_the_feature_pipeline_gives_the_last_hidden_state(folder, removed, image
     with torch.no_grad():
         expected = removed.vit(**inputs).last_hidden_state
     torch.testing.assert_close(torch.tensor(features), expected, rtol=0, atol=1e-6)
-
-
-# Backbone.
-
-
-def test_a_backbone_from_a_vit_checkpoint_gives_the_normed_hidden_states(vit, vit_folder, pixel_values):
-    backbone = LambdaViTBackbone.from_pretrained(vit_folder, out_indices=[0, 2, -1])
-    assert (backbone.out_features, backbone.channels) == (["stem", "stage2", "stage6"], [32, 32, 32])
-    with torch.no_grad():
-        hidden_states = vit(pixel_values, output_hidden_states=True).hidden_states
-        expected = [vit.vit.layernorm(hidden_states[index])[:, 1:].reshape(3, 4, 4, 32) for index in (0, 2, 6)]
-    for ours, theirs in zip(feature_maps(backbone, pixel_values), expected, strict=True):
-        assert torch.equal(ours, theirs.permute(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize("apply_layernorm", [True, False])
-def test_a_folded_backbone_equals_the_unfolded_one_in_every_stage(vit_folder, pixel_values, apply_layernorm):
-    # A large epsilon: the LayerNorm of a stage in a folded stream needs its own.
-    options = {"layer_norm_eps": 0.1, "apply_layernorm": apply_layernorm, "out_indices": list(range(7))}
-    unfolded = LambdaViTBackbone.from_pretrained(vit_folder, **options)
-    unfolded.remove_attention(REMOVED)
-    flags = unfolded.config.attention_flags
-    folded = LambdaViTBackbone.from_pretrained(vit_folder, attention_flags=flags, fold_removed=True, **options)
-    assert folded.config.fold_removed
-    maps = zip(feature_maps(folded, pixel_values), feature_maps(unfolded, pixel_values), strict=True)
-    assert [index for index, (ours, theirs) in enumerate(maps) if not torch.equal(ours, theirs)] == []
-
-
-def test_backbone_shapes_follow_image_and_config(vit_folder):
-    backbone = LambdaViTBackbone.from_pretrained(vit_folder, out_features=["stage3"])
-    wide = torch.zeros(2, 3, 20, 28)
-    (feature_map,) = backbone(wide, interpolate_pos_encoding=True).feature_maps
-    assert feature_map.shape == (2, 32, 5, 7)
-    output = backbone(torch.zeros(2, 3, 16, 16), output_hidden_states=True)
-    assert len(output.hidden_states) == 7
-    backbone.config.reshape_hidden_states = False
-    assert backbone(torch.zeros(2, 3, 16, 16), return_dict=False)[0][0].shape == (2, 17, 32)
-
-
-def test_a_backbone_with_a_missing_weight_is_refused(vit_folder):
-    tensors = load_file(vit_folder / "model.safetensors")
-    del tensors["vit.encoder.layer.3.output.dense.weight"]
-    save_file(tensors, vit_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"stay random.*layers\.3\.mlp\.fc2"):
-        LambdaViTBackbone.from_pretrained(vit_folder)
-
-
-def test_stages_are_saved_and_can_be_chosen_again_by_either_name(tmp_path):
-    LambdaViTConfig(num_hidden_layers=4, out_features=["stem", "stage2"]).save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).out_indices == [0, 2]
-    assert AutoConfig.from_pretrained(tmp_path, out_indices=[1]).out_features == ["stage1"]
-    assert AutoConfig.from_pretrained(tmp_path, out_features=["stage4"]).out_indices == [4]
-
-
-def test_the_default_stage_is_the_last_and_not_written(tmp_path):
-    config = LambdaViTConfig(num_hidden_layers=4)
-    assert (config.out_features, config.out_indices) == (["stage4"], [4])
-    config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert not {"out_features", "out_indices", "stage_names"} & written.keys()
-
-
-@pytest.mark.parametrize(
-    ("stages", "said"),
-    [
-        ({"out_features": ["stage5"]}, "subset of stage_names"),
-        ({"out_features": ["stage2", "stage1"]}, "same order"),
-        ({"out_indices": [5]}, "from -5 to 4"),
-        ({"out_indices": [-6]}, "from -5 to 4"),
-        ({"out_indices": ["stage1"]}, "must hold integers"),
-        ({"out_indices": [1, 1]}, "duplicates"),
-        ({"out_indices": [1], "out_features": ["stage2"]}, "same stages"),
-    ],
-)
-def test_stages_that_do_not_exist_are_refused(tmp_path, stages, said):
-    with pytest.raises(ValueError, match=said):
-        LambdaViTConfig(num_hidden_layers=4, **stages)
-    LambdaViTConfig(num_hidden_layers=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=said):
-        LambdaViTConfig.from_pretrained(tmp_path, **stages)
 
 
 def test_flags_and_other_settings_can_be_given_together(vit_folder):
@@ -231,112 +137,6 @@ def test_a_shard_missing_from_the_index_too_is_an_error(removed, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="stay random"):
         LambdaViTForImageClassification.from_pretrained(tmp_path)
-
-
-# Without this package: the code that travels with the weights.
-
-HIDE_PACKAGE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lambda_vit_hf":
-            raise ImportError("lambda_vit_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
-"""
-
-
-def run_without_package(script: str, tmp_path, *arguments) -> dict[str, torch.Tensor]:
-    """Runs `script` in a new interpreter that cannot import this package; returns the tensors it puts in `results`."""
-    (tmp_path / "script.py").write_text(
-        HIDE_PACKAGE
-        + "import torch\nfrom safetensors.torch import load_file, save_file\n"
-        + "folder, images, out = sys.argv[1:4]\nimages = load_file(images)['images']\nresults = {}\n"
-        + textwrap.dedent(script)
-        + "\nsave_file({k: v.detach().contiguous() for k, v in results.items()}, out + '/results.safetensors')\n"
-    )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    offline["OMP_NUM_THREADS"] = "1"
-    (tmp_path / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, "script.py", *map(str, arguments), str(tmp_path / "out")],
-        cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(tmp_path / "out" / "results.safetensors")
-
-
-def test_remote_code_opens_in_every_auto_class_and_can_be_saved_again(folder, removed, tmp_path, pixel_values):
-    save_file({"images": pixel_values}, tmp_path / "images.safetensors")
-    script = """
-        import huggingface_hub
-        from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, pipeline
-        from transformers import AutoModelForImageClassification, AutoModelForMaskedImageModeling
-        try:
-            import lambda_vit_hf
-        except ImportError:
-            pass
-        else:
-            raise SystemExit("the package is not hidden")
-        huggingface_hub.HfApi.repo_exists = lambda *_, **__: True
-        trusted = {"trust_remote_code": True}
-        torch.set_grad_enabled(False)
-        assert type(AutoConfig.from_pretrained(folder, **trusted)).__module__.startswith("transformers_modules")
-        model = AutoModelForImageClassification.from_pretrained(folder, **trusted)
-        results["logits"] = model(images).logits
-        results["bare"] = AutoModel.from_pretrained(folder, **trusted)(images).last_hidden_state
-        masked = AutoModelForMaskedImageModeling.from_pretrained(folder, **trusted)
-        results["masked"] = masked.vit(images).last_hidden_state
-        backbone = AutoBackbone.from_pretrained(folder, reshape_hidden_states=False, **trusted)
-        results["backbone"] = backbone(images).feature_maps[0]
-        assert type(AutoImageProcessor.from_pretrained(folder, **trusted)).__name__ == "ViTImageProcessor"
-        classify = pipeline("image-classification", model=folder, **trusted)
-        results["pipeline"] = classify.model(images).logits
-        model.save_pretrained(out + "/again")
-        again = AutoModelForImageClassification.from_pretrained(out + "/again", **trusted)
-        results["again"] = again(images).logits
-    """
-    results = run_without_package(script, tmp_path, folder, tmp_path / "images.safetensors")
-    with torch.no_grad():
-        hidden = removed.vit(pixel_values).last_hidden_state
-    expected = logits(removed, pixel_values)
-    different = [name for name in ("logits", "pipeline", "again") if not results[name].equal(expected)]
-    different += [name for name in ("bare", "masked", "backbone") if not results[name].equal(hidden)]
-    assert different == []
-    again = tmp_path / "out" / "again"
-    assert sorted(path.name for path in again.glob("*.py")) == CODE
-    assert json.loads((again / "config.json").read_text())["auto_map"] == removed.config.auto_map
-    here = LambdaViTForImageClassification.from_pretrained(again)
-    assert torch.equal(logits(here, pixel_values), expected)
-
-
-def test_remote_code_resumes_a_trainer_checkpoint_as_if_never_stopped(folder, tmp_path, pixel_values):
-    save_file({"images": pixel_values}, tmp_path / "images.safetensors")
-    script = """
-        from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
-
-        data = [{"pixel_values": images[i % 3] + i, "labels": i % 5} for i in range(8)]
-        options = dict(max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True)
-
-        def train(name, **resume):
-            model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-            arguments = TrainingArguments(out + name, report_to=[], disable_tqdm=True, save_total_limit=3, **options)
-            Trainer(model, arguments, train_dataset=data).train(**resume)
-            return model.eval()
-
-        whole = train("/whole")
-        resumed = train("/resumed", resume_from_checkpoint=out + "/whole/checkpoint-2")
-        last = AutoModelForImageClassification.from_pretrained(out + "/whole/checkpoint-4", trust_remote_code=True)
-        results = {"whole": whole(images).logits, "resumed": resumed(images).logits, "last": last(images).logits}
-    """
-    results = run_without_package(script, tmp_path, folder, tmp_path / "images.safetensors")
-    assert torch.equal(results["resumed"], results["whole"])
-    assert torch.equal(results["last"], results["whole"])
-    checkpoint = tmp_path / "out" / "whole" / "checkpoint-4"
-    assert sorted(path.name for path in checkpoint.glob("*.py")) == CODE
-    here = LambdaViTForImageClassification.from_pretrained(checkpoint)
-    assert torch.equal(logits(here, pixel_values), results["whole"])
 
 
 # PEFT.

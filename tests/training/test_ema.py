@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification, LambdaViTTrainer
 from lambda_vit_hf.training.checkpoints import what_is_broken
 from lambda_vit_hf.training.ema import EMA_FILE, EmaCallback
-from tests.training.test_callback import Blobs, make_trainer
+from tests.small_training import Blobs, make_trainer
 
 
 DECAY = 0.9

@@ -11,7 +11,7 @@ from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, finish_chec
 from lambda_vit_hf.hub.push import check_folder
 from lambda_vit_hf.models.checksums import MANIFEST, find_damage, remove_checksums
 from lambda_vit_hf.selection.select import AttentionSelection
-from tests.training.test_callback import make_trainer
+from tests.small_training import make_trainer
 
 
 def train(model, folder, callbacks=(), **options):

@@ -1,0 +1,182 @@
+"""Invariant 4: a resumed removal goes on as if never stopped, or is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+
+from lambda_vit_hf import (
+    EntropyGuidedRemovalCallback,
+    LambdaViTForImageClassification,
+    LambdaViTTrainer,
+)
+from tests.small_training import Recorder, final_weights, make_trainer
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 9, 11])
+def test_resuming_at_any_step_ends_in_the_same_weights(tmp_path, step):
+    whole, callback, trainer = final_weights(tmp_path)
+    resumed, resumed_callback, resumed_trainer = final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed_callback.selection == callback.selection
+    for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), f"{name} differs after resuming at step {step}"
+    lambdas = [[e["lambda"] for e in t.state.log_history if "loss" in e] for t in (trainer, resumed_trainer)]
+    assert lambdas[0] == lambdas[1]
+
+
+def test_resuming_also_works_where_the_trainer_restores_callbacks_itself(tmp_path):
+    whole, *_ = final_weights(tmp_path)
+    resumed, *_ = final_weights(
+        tmp_path, resume=str(tmp_path / "checkpoint-4"), restore_callback_states_from_checkpoint=True
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_resuming_with_another_length_of_training_is_refused(tmp_path):
+    final_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"'total_steps': 20.*'total_steps': 12"):
+        final_weights(tmp_path, resume=str(tmp_path / "checkpoint-4"), max_steps=20)
+
+
+def test_resuming_a_run_that_had_no_removal_is_refused(model, tmp_path):
+    make_trainer(copy.deepcopy(model), tmp_path, [], save_strategy="steps", save_steps=6).train()
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)])
+    with pytest.raises(ValueError, match="without EntropyGuidedRemovalCallback"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_weights_that_were_not_restored_are_noticed(tmp_path):
+    from safetensors.torch import save_file
+
+    final_weights(tmp_path)
+    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    renamed = {key.replace("layers", "encoder.layer"): value for key, value in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="was not restored"):
+        final_weights(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resuming_in_the_same_process_runs_at_the_lambda_of_its_step(model, tmp_path):
+    recorder, stop = Recorder(), InterruptAt(8)
+    callback = EntropyGuidedRemovalCallback(removed_layers=[1], granularity="epoch")
+    arguments = dict(max_steps=-1, num_train_epochs=4, save_strategy="steps", save_steps=6)
+    trainer = make_trainer(model, tmp_path, [callback, stop, recorder], **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    recorder.lambdas.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert [lambdas[1] for lambdas in recorder.lambdas] == [0.5] * 6 + [0.0] * 12
+    assert model.config.removed_layers == [1]
+
+
+def test_resuming_with_other_removal_settings_is_refused(model, tmp_path):
+    make_trainer(
+        copy.deepcopy(model),
+        tmp_path,
+        [EntropyGuidedRemovalCallback(removed_layers=[1])],
+        save_strategy="steps",
+        save_steps=4,
+    ).train()
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removed_layers=[2, 3], fold=False)])
+    with pytest.raises(ValueError, match=r"'removed_layers': \(\[1\], \[2, 3\]\).*'fold'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("kind", [Trainer, LambdaViTTrainer])
+def test_gradual_removal_with_one_trainer_and_its_checkpoints_can_be_resumed(model, tmp_path, kind):
+    arguments = dict(save_strategy="steps", save_steps=4, kind=kind)
+    first, second = (EntropyGuidedRemovalCallback(num_removed_layers=2) for _ in range(2))
+    trainer = make_trainer(model, tmp_path, [first], **arguments)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "two"))
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "two")
+    trainer.remove_callback(first)
+    trainer.add_callback(second)
+    trainer.train()
+    held = {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert held == {id(one) for one in model.parameters()}
+    assert len(model.config.removed_layers) == 4
+    assert set(first.selection.layers).isdisjoint(second.selection.layers)
+    # The same as with a Trainer of its own, and after resuming.
+    fresh = copy.deepcopy(start)
+    make_trainer(fresh, tmp_path / "fresh", [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments).train()
+    resumed = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, expected in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[name], expected), f"{name} differs in the second training"
+        assert torch.equal(start.state_dict()[name], expected), f"{name} differs after resuming"
+
+
+def test_training_on_after_removal_can_be_resumed(model, tmp_path):
+    arguments = dict(save_strategy="steps", save_steps=4)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **arguments)
+    trainer.train()
+    trainer.args.max_steps = 16
+    trainer.train()
+    start = LambdaViTForImageClassification.from_pretrained(tmp_path / "checkpoint-12")
+    assert len(start.config.removed_layers) == 2
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    resumed = make_trainer(start, tmp_path, [callback], **{**arguments, "max_steps": 16})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_resuming_a_second_removal_into_a_model_before_the_first_is_refused(model, tmp_path):
+    whole = copy.deepcopy(model)
+    model.remove_attention([0, 1])
+    settings = dict(save_strategy="steps", save_steps=4, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=r"no attention in layers \[0, 1\].*load the model from the checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resuming_from_before_the_removal_into_the_removed_model_is_refused(model, tmp_path):
+    # Without an optimizer in the checkpoint the Trainer loads what fits: whole weights into a folded model.
+    settings = dict(save_strategy="steps", save_steps=4, save_only_model=True)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"before the attention of layers .* was removed, but this model has none"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_after_the_removal_into_the_whole_model_is_refused(model, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=4, save_only_model=True)
+    whole = copy.deepcopy(model)
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train()
+    trainer.train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=r"after the attention of layers .* was removed, but this model has it still"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
+    settings = dict(save_strategy="steps", save_steps=4)
+    start = copy.deepcopy(model)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["EntropyGuidedRemovalCallback"]
+    saved["args"] = {
+        "removal_ratio": None, "num_layers": 2, "layers": None, "calibration_size": 512, "strategy": "nose",
+        "output": None, "mask": "skip", "compare": "magnitude", "schedule": "linear", "hold_share": 0.25,
+        "granularity": "step", "fold": True,
+    }  # fmt: skip
+    path.write_text(json.dumps(state))
+    trainer = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
