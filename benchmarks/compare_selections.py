@@ -10,12 +10,15 @@
 For each seed: a base model, trained by the recipe or given; every strategy at every number of removed layers, with its
 transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once; the
 whole model too, for as long: the control); what NOSE picks with each output, mask and comparison; and random sets, for
-the correlation of transfer entropy with the loss of accuracy. Other options override fields of the recipe.
+the correlation of transfer entropy with the loss of accuracy. `--fades identity skip` does it for each thing that
+attention can fade to, and `--budgets 2 6` for trainings of so many epochs. A strategy masks as attention fades, but
+`nose:skip` always by `skip`. Other options override fields of the recipe.
 
 Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -45,6 +48,10 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--num_removed", type=int, nargs="+", default=[3, 4, 5, 6])
     parser.add_argument("--base_models", nargs="+", help="a trained model per seed; without it the recipe trains them")
+    parser.add_argument("--fades", nargs="+", default=["identity"], help="what attention fades to: identity, skip")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[None], help="epochs; by default the recipe's")
+    parser.add_argument("--num_masked_images", type=int, help="for top-1 right after removal; all by default")
+    parser.add_argument("--no_choices", action="store_true", help="only the strategies as they are")
     parser.add_argument("--num_train_images", type=int, help="train on this many, evenly spaced; all by default")
     parser.add_argument("--random_sets", type=int, default=48, help="per seed, of the least and most layers; 0: none")
     parser.add_argument("--train_choices", action="store_true", help="dilute what NOSE picks with each choice, too")
@@ -67,9 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         "strategies": options.strategies, "num_removed": options.num_removed,
         "num_train_images": options.num_train_images, "num_random_sets": options.random_sets,
         "train_choices": options.train_choices, "base_models": options.base_models,
+        "fades": options.fades, "budgets": options.budgets, "num_masked_images": options.num_masked_images,
     }  # fmt: skip
     results = open_results(path, settings)
-    experiment = Experiment(options.recipe, overrides, options.output_dir, options.num_train_images)
+    experiment = Experiment(
+        options.recipe, overrides, options.output_dir, options.num_train_images, options.num_masked_images
+    )
     checkpoints = dict(zip(options.seeds, options.base_models or [None] * len(options.seeds), strict=True))
     results |= {
         "command": shlex.join(["python", "-m", "benchmarks.compare_selections", *(argv or sys.argv[1:])]),
@@ -79,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> None:
         controls = [run | {"num_removed": 0, "strategy": "control"} for run in results["controls"]]
-        results["table"] = tabulate([*controls, *results["runs"]], ("strategy",))
+        results["table"] = tabulate([*controls, *results["runs"]], ("fade_to", "strategy"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -98,7 +108,11 @@ def open_results(path: Path, settings: dict) -> dict:
     if not path.is_file():
         return results
     results |= json.loads(path.read_text(encoding="utf-8"))
-    results["settings"].setdefault("base_models", None)
+    for name in ("base_models", "num_masked_images"):
+        results["settings"].setdefault(name, None)
+    results["settings"] = {"fades": ["identity"], "budgets": [None]} | results["settings"]
+    for run in results["runs"]:  # of a version that knew no other fade, and masked by `skip`
+        run.setdefault("fade_to", "identity")
     if results["settings"] != settings:
         changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
                    if results["settings"].get(name) != value}  # fmt: skip
@@ -109,8 +123,8 @@ def open_results(path: Path, settings: dict) -> dict:
 def measure(results: dict, options: argparse.Namespace, base) -> None:
     """All of a base model that needs no training."""
     print(f"seed {base.seed}: strategies, choices, random sets", flush=True)
-    runs = base.compare_strategies(options.strategies, options.num_removed)
-    choices = base.compare_choices(options.num_removed)
+    runs = base.compare_strategies(options.strategies, options.num_removed, options.fades)
+    choices = [] if options.no_choices else base.compare_choices(options.num_removed)
     numbers = sorted({min(options.num_removed), max(options.num_removed)}) if options.random_sets else []
     random_sets = [base.measure_random_sets(number, options.random_sets) for number in numbers]
     results["runs"] += runs
@@ -121,27 +135,40 @@ def measure(results: dict, options: argparse.Namespace, base) -> None:
 def train(results: dict, options: argparse.Namespace, experiment, checkpoints: dict, save: Callable[[], None]) -> None:
     """Dilution of every set of layers that was chosen, each once per seed; and of none, to compare with."""
     before = {run["seed"]: run["top1_before"] for run in results["runs"]}
-    results["controls"] = [{"seed": seed, "layers": [], "top1_before": before[seed]} for seed in options.seeds]
+    results["controls"] = [
+        {"seed": seed, "layers": [], "top1_before": before[seed], "fade_to": ""} for seed in options.seeds
+    ]
     runs = [*results["controls"], *results["runs"]]
     if options.train_choices:
         runs += [run for run in results["choices"] if run["num_removed"] == max(options.num_removed)]
-    for number, run in enumerate(runs, 1):
-        key = name_training(run)
+    for epochs, (number, run) in itertools.product(options.budgets, enumerate(runs, 1)):
+        key = name_training(run, epochs)
         if key not in results["trainings"]:
-            start = time.monotonic()
-            top1 = experiment.dilute(run["layers"], run["seed"], checkpoints[run["seed"]])
+            start, seed = time.monotonic(), run["seed"]
+            top1 = experiment.dilute(run["layers"], run.get("fade_to") or None, seed, checkpoints[seed], epochs)
             results["trainings"][key] = {"top1": top1, "seconds": round(time.monotonic() - start, 1)}
             print(f"{number} of {len(runs)}: {key}: top-1 {top1:.4f}", flush=True)
-        run["top1_diluted"] = results["trainings"][key]["top1"]
+        run[measured_after(epochs)] = results["trainings"][key]["top1"]
         save()
-    for run in results["choices"]:
-        if name_training(run) in results["trainings"]:  # a strategy chose the same layers
-            run["top1_diluted"] = results["trainings"][name_training(run)]["top1"]
+    for epochs, run in itertools.product(options.budgets, results["choices"]):
+        if name_training(run, epochs) in results["trainings"]:  # a strategy chose the same layers
+            run[measured_after(epochs)] = results["trainings"][name_training(run, epochs)]["top1"]
     save()
 
 
-def name_training(run: dict) -> str:
-    return f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
+def name_training(run: dict, epochs: float | None = None) -> str:
+    name = f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
+    faded = f", faded to {run['fade_to']}" if run.get("fade_to", "") not in ("", "identity") else ""
+    return name + faded + ("" if epochs is None else f", {epochs:g} epochs")
+
+
+def measured_after(epochs: float | None) -> str:
+    """Name of the accuracy after a training of this many epochs; `None`: of the recipe's."""
+    return "top1_diluted" if epochs is None else f"top1_after_{epochs:g}_epochs"
+
+
+def title_of(name: str) -> str:
+    return MEASURED.get(name) or f"after {name.removeprefix('top1_after_').removesuffix('_epochs')} epochs (%)"
 
 
 def tabulate(runs: list[dict], keys: tuple[str, ...]) -> list[dict]:
@@ -149,11 +176,12 @@ def tabulate(runs: list[dict], keys: tuple[str, ...]) -> list[dict]:
     keys = ("num_removed", *keys)
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
-        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+        groups.setdefault(tuple(run.get(key, "") for key in keys), []).append(run)
     rows = []
     for group, same in groups.items():
         row = {**dict(zip(keys, group, strict=True)), "layers": [run["layers"] for run in same]}
-        for name in MEASURED:
+        names = {name: None for run in same for name in run if name in MEASURED or name.startswith("top1_after_")}
+        for name in names:
             values = [run[name] for run in same if name in run]
             if len(values) == len(same):
                 deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -163,14 +191,14 @@ def tabulate(runs: list[dict], keys: tuple[str, ...]) -> list[dict]:
 
 
 def print_tables(results: dict) -> None:
-    print_rows(results["table"], ("strategy",), MEASURED)
-    choices = tabulate(results["choices"], CHOICE)
-    print_rows(choices, CHOICE, {name: title for name, title in MEASURED.items() if name != "top1_before"})
+    print_rows(results["table"], ("fade_to", "strategy"))
+    if results["choices"]:
+        print_rows(tabulate(results["choices"], CHOICE), CHOICE)
     if results["random_sets"]:
         print_correlations(results["random_sets"])
 
 
-def print_rows(rows: list[dict], keys: tuple[str, ...], measured: dict[str, str]) -> None:
+def print_rows(rows: list[dict], keys: tuple[str, ...]) -> None:
     from lambda_vit_hf.evaluation.throughput import markdown_table
 
     def cell(row: dict, name: str) -> str:
@@ -179,12 +207,14 @@ def print_rows(rows: list[dict], keys: tuple[str, ...], measured: dict[str, str]
         scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
         return f"{scale * row[name]['mean']:.{digits}f} ± {scale * row[name]['deviation']:.{digits}f}"
 
+    names = {name: None for row in rows for name, value in row.items() if isinstance(value, dict)}
+    measured = sorted(names, key=lambda name: list(MEASURED).index(name) if name in MEASURED else len(MEASURED))
     cells = [
-        [row["num_removed"], *(row[key] for key in keys), *(cell(row, name) for name in measured),
+        [row["num_removed"], *(row.get(key, "") for key in keys), *(cell(row, name) for name in measured),
          "; ".join(" ".join(map(str, chosen)) or "none" for chosen in row["layers"])]
         for row in rows
     ]  # fmt: skip
-    print(f"\n{markdown_table(['removed', *keys, *measured.values(), 'layers'], cells)}")
+    print(f"\n{markdown_table(['removed', *keys, *map(title_of, measured), 'layers'], cells)}")
 
 
 def print_correlations(random_sets: list[dict]) -> None:

@@ -5,6 +5,8 @@ without any training.
 """
 
 import copy
+import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,7 @@ from transformers import set_seed
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.evaluation.metrics import classification_metrics
-from lambda_vit_hf.models.modeling_lambda_vit import LambdaViTForImageClassification
+from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
 from lambda_vit_hf.selection.search import COMPARISONS
 from lambda_vit_hf.selection.select import AttentionSelection, select_attention_layers
@@ -45,49 +47,59 @@ class BaseModel:
     A trained model, and everything about a choice of layers that needs no training.
 
     Args:
-        model ([`LambdaViTForImageClassification`]): with all its attention.
+        model ([`LambdaPreTrainedModel`]): a classifier with all its attention.
         calibration (`torch.Tensor` of shape `(images, channels, height, width)`): training images to select on.
         validation (`Dataset`): items with `pixel_values` and `labels`.
         seed (`int`): of the strategies and sets that are drawn.
+        autocast_dtype (`str`, *optional*): to compute in.
 
     Raises:
         ValueError: if the class head is newly initialized.
     """
 
-    def __init__(self, model, calibration: torch.Tensor, validation: Dataset, seed: int):
+    def __init__(
+        self, model, calibration: torch.Tensor, validation: Dataset, seed: int, autocast_dtype: str | None = None
+    ):
         if getattr(model, "newly_initialized_head", False):
             raise ValueError(
                 "The class head is newly initialized: neither its entropy nor its accuracy says anything."
             )
         self.model, self.calibration, self.validation, self.seed = model.eval(), calibration, validation, seed
-        (self.top1,) = masked_top1(model, validation, [[]])
+        self.autocast_dtype = autocast_dtype
+        (self.top1,) = self._top1([[]], "skip")
 
     def select(self, strategy, num_layers: int, **choices) -> AttentionSelection:
         """[`select_attention_layers`] on the calibration images."""
         return select_attention_layers(
-            self.model, self.calibration, num_layers, strategy=strategy, seed=self.seed, disable_tqdm=True, **choices
-        )
+            self.model, self.calibration, num_layers, strategy=strategy, seed=self.seed, disable_tqdm=True,
+            autocast_dtype=self.autocast_dtype, **choices,
+        )  # fmt: skip
 
     def add_top1(self, runs: list[dict]) -> list[dict]:
         """To each run, top-1 right after its layers are taken out, under both masks: each set once, in one pass."""
         sets = {tuple(run["layers"]): None for run in runs}
         for mask in MASKS:
-            top1 = dict(zip(sets, masked_top1(self.model, self.validation, list(sets), mask), strict=True))
+            top1 = dict(zip(sets, self._top1(list(sets), mask), strict=True))
             for run in runs:
                 run[f"top1_{mask}"] = top1[tuple(run["layers"])]
         return runs
 
-    def compare_strategies(self, strategies: Sequence[str], numbers: Sequence[int]) -> list[dict]:
-        """Every strategy at every number of removed layers: layers, transfer entropy (nats), top-1 right after."""
+    def compare_strategies(
+        self, strategies: Sequence[str], numbers: Sequence[int], fades: Sequence[str] = ("identity",)
+    ) -> list[dict]:
+        """
+        Every strategy at every number of removed layers, for each `fade_to`: layers, transfer entropy (nats), top-1
+        right after. `"nose:skip"` is `"nose"` with the mask `"skip"`, whatever attention fades to.
+        """
         runs = []
-        for num_layers in numbers:
-            for strategy in strategies:
-                selection = self.select(strategy, num_layers)
-                runs.append({
-                    "seed": self.seed, "strategy": strategy, "num_removed": num_layers,
-                    "layers": selection.layers, "order": selection.order,
-                    "transfer_entropy": selection.transfer_entropy, "top1_before": self.top1,
-                })  # fmt: skip
+        for fade_to, num_layers, name in itertools.product(fades, numbers, strategies):
+            strategy, _, mask = name.partition(":")
+            selection = self.select(strategy, num_layers, mask=mask or fade_to)
+            runs.append({
+                "seed": self.seed, "fade_to": fade_to, "strategy": name, "num_removed": num_layers,
+                "layers": selection.layers, "order": selection.order,
+                "transfer_entropy": selection.transfer_entropy, "top1_before": self.top1,
+            })  # fmt: skip
         return self.add_top1(runs)
 
     def compare_choices(self, numbers: Sequence[int]) -> list[dict]:
@@ -107,9 +119,7 @@ class BaseModel:
     def measure_random_sets(self, num_layers: int, num_sets: int) -> dict:
         """Transfer entropy (nats) of random sets, their loss of top-1 right after removal, and their correlation."""
         sets = draw_sets(self.model.config.kept_layers, num_layers, num_sets, self.seed)
-        loss = {
-            mask: [self.top1 - one for one in masked_top1(self.model, self.validation, sets, mask)] for mask in MASKS
-        }
+        loss = {mask: [self.top1 - one for one in self._top1(sets, mask)] for mask in MASKS}
         values = {
             f"{output}, {mask}": self._transfer_entropy(sets, output=output, mask=mask)
             for output in OUTPUTS
@@ -117,6 +127,11 @@ class BaseModel:
         }
         raw = {"sets": sets, "top1_loss": loss, "transfer_entropy": values}
         return {"seed": self.seed, "num_removed": num_layers, **raw, "correlations": correlations(**raw)}
+
+    def _top1(self, sets: list, mask: str) -> list[float]:
+        device, dtype = self.model.device.type, self.autocast_dtype and getattr(torch, self.autocast_dtype)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            return masked_top1(self.model, self.validation, sets, mask)
 
     def _transfer_entropy(self, sets: list[list[int]], **choices) -> list[float]:
         values = []
@@ -138,9 +153,17 @@ class Experiment:
         argv (`list[str]`): fields of the recipe to override, as on the command line of the training program.
         output_dir (`Path`): for base models; `seed-N/base` is taken up where it is there already.
         num_train_images (`int`, *optional*): train on this many, evenly spaced; all by default.
+        num_masked_images (`int`, *optional*): measure what needs no training on this many validation images.
     """
 
-    def __init__(self, recipe: str, argv: list[str], output_dir: Path, num_train_images: int | None = None):
+    def __init__(
+        self,
+        recipe: str,
+        argv: list[str],
+        output_dir: Path,
+        num_train_images: int | None = None,
+        num_masked_images: int | None = None,
+    ):
         fixed = ["--output_dir", str(output_dir / "trainer"), "--save_strategy", "no", "--eval_strategy", "no"]
         arguments = parse_arguments([recipe, *argv, *fixed, "--report_to", "none"], PROGRAM_ARGUMENTS)
         self.model_args, self.data_args, self.augmentation_args, self.removal_args, self.training_args = arguments
@@ -156,7 +179,7 @@ class Experiment:
             raise ValueError(f"The comparison trains without {given}: turn them off.")
         if self.training_args.device.type == "cpu":
             self.training_args.dataloader_pin_memory = False
-        self.output_dir = output_dir
+        self.output_dir, self.num_masked_images = output_dir, num_masked_images
         self.splits = load_splits(self.data_args)
         indices = evenly_spaced(len(self.splits["train"]), num_train_images)
         self.splits["train"] = self.splits["train"].select(indices)
@@ -171,29 +194,38 @@ class Experiment:
             folder = OutputFolder(self.output_dir / f"seed-{seed}").base
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            model = LambdaViTForImageClassification.from_pretrained(folder)
+            model = AutoLambdaModelForImageClassification.from_pretrained(folder)
         images = self._images(processor, seed)
         calibration = images.calibration(self.removal_args.calibration_size)
         indices = evenly_spaced(len(calibration), self.removal_args.calibration_size)
         pixel_values = torch.stack([item["pixel_values"] for item in Subset(calibration, indices)])
-        return BaseModel(model.to(self.training_args.device), pixel_values, images.evaluation, seed)
+        validation = Subset(images.evaluation, evenly_spaced(len(images.evaluation), self.num_masked_images))
+        autocast_dtype = "bfloat16" if self.training_args.bf16 else None
+        return BaseModel(model.to(self.training_args.device), pixel_values, validation, seed, autocast_dtype)
 
-    def dilute(self, layers: list[int], seed: int, checkpoint: str | None = None) -> float:
+    def dilute(
+        self,
+        layers: list[int],
+        fade_to: str | None,
+        seed: int,
+        checkpoint: str | None = None,
+        num_epochs: float | None = None,
+    ) -> float:
         """
         Top-1 of the removed model after the recipe's training, from the base model of a seed. With no layers: of the
         whole model after the same training, which tells what the training alone does.
         """
         set_seed(seed)
         model, processor, _ = self._start(seed, checkpoint)
-        dilution = self.removal_args.dilution_config()
+        dilution = dataclasses.replace(self.removal_args.dilution_config(), fade_to=fade_to)
         callbacks = [EntropyGuidedRemovalCallback(removed_layers=layers, dilution=dilution)] if layers else []
-        epochs, learning_rate = self.training_args.num_train_epochs, self.training_args.learning_rate
+        epochs, learning_rate = num_epochs or self.training_args.num_train_epochs, self.training_args.learning_rate
         top1 = self._train(model, processor, seed, callbacks, epochs, learning_rate)
         if model.config.removed_layers != sorted(layers):
             raise RuntimeError(f"Layers {layers} were to be removed, but {model.config.removed_layers} were.")
         return top1
 
-    def _start(self, seed: int, checkpoint: str | None) -> tuple[LambdaViTForImageClassification, object, bool]:
+    def _start(self, seed: int, checkpoint: str | None) -> tuple:
         model_args = copy.copy(self.model_args)
         model_args.model_name_or_path = checkpoint or model_args.model_name_or_path
         folder = OutputFolder(self.output_dir / f"seed-{seed}")
@@ -226,7 +258,7 @@ def masked_top1(
     Accuracy right after the attention of some layers is taken out, without any training, for many sets in one pass.
 
     Args:
-        model ([`LambdaViTForImageClassification`]): the trained model, in eval mode.
+        model ([`LambdaPreTrainedModel`]): the trained classifier, in eval mode.
         images (`Dataset`): items with `pixel_values` and `labels`; a negative label is left out.
         sets (`Sequence[Iterable[int]]`): sets of 0-based layers; `[]` is the model as it is.
         mask (`str`, *optional*, defaults to `"skip"`): as in [`select_attention_layers`].

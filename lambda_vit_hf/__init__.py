@@ -40,6 +40,7 @@ from .models.modeling_lambda_vit import (
 
 if TYPE_CHECKING:
     from .evaluation.accounting import summarize
+    from .evaluation.removal_curve import removal_curve
     from .selection.config import SelectionConfig
     from .selection.select import AttentionSelection, select_attention_layers
     from .training.callback import EntropyGuidedRemovalCallback
@@ -69,6 +70,7 @@ _LAZY = {
     "StopOnNonFiniteGradient": "training.guards",
     "find_resumable_checkpoint": "training.checkpoints",
     "finish_checkpoint": "training.finishing",
+    "removal_curve": "evaluation.removal_curve",
     "select_attention_layers": "selection.select",
     "summarize": "evaluation.accounting",
 }
@@ -115,6 +117,7 @@ __all__ = [
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "finish_checkpoint",
+    "removal_curve",
     "select_attention_layers",
     "summarize",
 ]

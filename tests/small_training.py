@@ -77,12 +77,12 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def final_weights(folder, resume=None, **arguments):
+def final_weights(folder, resume=None, fade_to=None, **arguments):
     """A training with removal, with dropout and stochastic depth; returns model, callback and trainer."""
     torch.manual_seed(0)
     config = LambdaViTConfig(**TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, drop_path_rate=0.1)
     model = LambdaViTForImageClassification(config)
-    callback = EntropyGuidedRemovalCallback(num_removed_layers=3)
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=3, fade_to=fade_to)
     settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=2) | arguments
     trainer = make_trainer(model, folder, [callback], **settings)
     trainer.train(resume_from_checkpoint=resume)

@@ -1,12 +1,16 @@
-"""Which attention layers can a ViT do without? Search, print the path, save the selection and its picture.
+"""Which attention layers can a ViT do without, and how many? Search, print, save the selection and its picture.
 
+    lambda-vit select outputs/digits/base --dataset_name digits  # how many?
+    lambda-vit select outputs/digits/base --dataset_name digits --max_kl 0.1
     lambda-vit select outputs/digits/base --dataset_name digits --num_removed_layers 6
     lambda-vit select facebook/deit-base-patch16-224 --dataset_dir path/to/images --removal_ratio 0.4 \\
         --output_dir outputs/selection
     accelerate launch -m lambda_vit_hf.cli.select ...  # several processes share the images
 
-Needs no training. Leaves in OUTPUT_DIR: selection.json, with all raw figures; entropy.png, the entropy of attention
-and MLP by depth; search.png, the transfer entropy of every candidate at every step; with --pairs also pairs.png.
+Needs no training and no labels. Without a number it prints what each number of layers changes (KL divergence from the
+whole model, images that keep their class) and saves; --max_kl or --min_agreement then picks one. Leaves in OUTPUT_DIR:
+selection.json, with all raw figures; entropy.png, the entropy of attention and MLP by depth; search.png, the transfer
+entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png.
 What the figures mean: docs/nose.md.
 """
 
@@ -22,14 +26,23 @@ from .runner import Renamed, program_parser, run_program
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = program_parser("select", __doc__)
     parser.add_argument("model", help="Hub id or folder of any ViT checkpoint")
-    amount = parser.add_mutually_exclusive_group(required=True)
+    amount = parser.add_mutually_exclusive_group()
     add = amount.add_argument
     add("--num_removed_layers", "--num_layers", action=Renamed, type=int, help="how many attention layers to choose")
     add("--removal_ratio", "--ratio", action=Renamed, type=float, help="which fraction of them, in [0, 1]")
     add = parser.add_argument
+    add(
+        "--max_kl",
+        "--max_divergence",
+        type=float,
+        metavar="NATS",
+        dest="max_divergence",
+        help="as many layers as keep the KL divergence within this; without a class head 1 - cosine of the features",
+    )
+    add("--min_agreement", type=float, help="as many as leave this share of images their class, in [0, 1]")
     add("--strategy", default="nose", help="nose, beam, exhaustive, cosine, last, ...")
     add("--output", help="class_head, class_token or token_mean")
-    add("--mask", default="skip", help="skip or identity")
+    add("--mask", help="skip or identity (default: what attention fades to)")
     add("--compare", default="magnitude", help="magnitude or value")
     add("--calibration_size", "--num_images", action=Renamed, type=int, default=512, help="images of the training set")
     add("--batch_size", type=int, default=64)
@@ -40,7 +53,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if dataset_place(arguments) is None:
         parser.error("name images: --dataset_dir, --dataset_name or --train_dir")
+    if _is_bounded(arguments) and not _asks_how_many(arguments):
+        parser.error("--max_kl and --min_agreement find the number of layers: give no other")
+    if arguments.pairs and _asks_how_many(arguments):
+        parser.error("--pairs needs a number of layers: --num_removed_layers or --removal_ratio")
     return arguments
+
+
+def _asks_how_many(arguments: argparse.Namespace) -> bool:
+    return arguments.num_removed_layers is None and arguments.removal_ratio is None
+
+
+def _is_bounded(arguments: argparse.Namespace) -> bool:
+    return arguments.max_divergence is not None or arguments.min_agreement is not None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,24 +86,91 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
     images = load_image_dataset(**dataset_options(arguments))["train"]
-    selection = select_attention_layers(
-        model,
-        ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model)),
-        arguments.num_removed_layers,
-        arguments.removal_ratio,
-        selection=config,
-        pairs=arguments.pairs,
-    )
-    if state.is_main_process:
+    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
+    if _asks_how_many(arguments):
+        selection = find_out_how_many(model, images, config, arguments, state.is_main_process)
+    else:
+        selection = select_attention_layers(
+            model, images, arguments.num_removed_layers, arguments.removal_ratio,
+            selection=config, pairs=arguments.pairs,
+        )  # fmt: skip
+    if state.is_main_process and selection is not None:
         report(selection, arguments.output_dir)
         print(f"to go on: {next_command(arguments, selection.layers)}")
     state.destroy_process_group()
 
 
+def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_main_process: bool):
+    """Measure the curve, print and save it. Returns the selection within the bounds; `None` where there are none."""
+    import torch
+
+    from ..evaluation.plotting import plot_removal_curve
+    from ..evaluation.removal_curve import removal_curve
+
+    _check_bounds(arguments, model)
+    batch = torch.stack([images[index]["pixel_values"] for index in range(min(len(images), arguments.batch_size))])
+    curve = removal_curve(model, images, config, pixel_values=batch)
+    number = None
+    if _is_bounded(arguments):
+        number = curve.choose(arguments.max_divergence, arguments.min_agreement)
+    if is_main_process:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        curve.save(arguments.output_dir / "curve.json")
+        plot_removal_curve(curve, arguments.output_dir / "curve.png", number)
+        print_curve(curve, number)
+        print(f"curve.json and curve.png are in {arguments.output_dir}")
+        if number is None:
+            print("to go on: the same with --num_removed_layers NUMBER, --max_kl NATS or --min_agreement SHARE")
+        if number == 0:
+            print("not one layer can go within these bounds")
+    return curve.selection_of(number) if number else None
+
+
+def _check_bounds(arguments: argparse.Namespace, model) -> None:
+    """Before anything is measured."""
+    share, most = arguments.min_agreement, arguments.max_divergence
+    if share is not None and (not model.has_class_head or model.newly_initialized_head):
+        raise ValueError("--min_agreement needs a trained class head: use --max_divergence.")
+    if (share is not None and not 0 <= share <= 1) or (most is not None and not most >= 0):
+        raise ValueError("--min_agreement must lie in [0, 1], and --max_kl must be 0 or more.")
+
+
+def print_curve(curve, number: int | None) -> None:
+    """The table: a row for each number of layers; then what other strategies take, at the number that was chosen."""
+    from ..evaluation.throughput import environment_line, markdown_table
+
+    has_head, whole = curve.points[0].agreement is not None, curve.points[0]
+    header = ["removed", "last removed", "transfer entropy (nats)", *_change_names(has_head), "parameters", "MACs"]
+    rows = [
+        [removed, point.layers[-1] if point.layers else "", f"{point.transfer_entropy:+.4f}",
+         *_change_cells(point, has_head), f"{point.parameters:,}", f"{point.macs:,}",
+         f"{point.images_per_second:,.0f}", f"{point.images_per_second / whole.images_per_second:.2f}x"]
+        for removed, point in enumerate(curve.points)
+    ]  # fmt: skip
+    print(markdown_table([*header, "images/s", "speed"], rows))
+    print(environment_line(curve.environment))
+    if number:
+        rows = [
+            [name, " ".join(map(str, sorted(points[number].layers))), *_change_cells(points[number], has_head)]
+            for name, points in {curve.selection.strategy: curve.points, **curve.compared}.items()
+        ]
+        print(f"\n{number} layers, by strategy:\n")
+        print(markdown_table(["strategy", "layers", *_change_names(has_head)], rows))
+
+
+def _change_names(has_head: bool) -> list[str]:
+    return ["KL (nats)", "same class (%)"] if has_head else ["1 - cosine"]
+
+
+def _change_cells(point, has_head: bool) -> list[str]:
+    return [f"{point.divergence:.4f}", *([f"{100 * point.agreement:.1f}"] if has_head else [])]
+
+
 def next_command(arguments: argparse.Namespace, layers: list[int]) -> str:
     """The command that removes these layers from this model, with training on the same images."""
     words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model, *dataset_words(arguments)]
-    return shlex.join([*words, "--removed_layers", *map(str, layers)])
+    fade = ["--fade_to", arguments.mask] if arguments.mask else []
+    return shlex.join([*words, "--removed_layers", *map(str, layers), *fade])
 
 
 def report(selection, output_dir: Path) -> None:

@@ -140,3 +140,41 @@ def plot_training(log_history: list[dict], path: str | Path, base_accuracy: floa
     left.legend(handles=handles, loc="lower center")
     left.set_title("Attention fades out; accuracy follows")
     figure.savefig(path, dpi=120)
+
+
+def plot_removal_curve(curve, path: str | Path, chosen: int | None = None) -> None:
+    """
+    What a [`RemovalCurve`] says by number of removed layers: divergence from the whole model, of the strategy and of
+    those it is compared with, and what is saved. PNG.
+
+    Args:
+        curve ([`RemovalCurve`]): measured.
+        path (`str` or `Path`): of the picture.
+        chosen (`int`, *optional*): the number that was chosen, marked.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    change, savings = figure.subplots(1, 2)
+    numbers = range(len(curve.points))
+    for name, points in curve.compared.items():
+        change.plot(numbers, [point.divergence for point in points], lw=1, alpha=0.6, label=name)
+    change.plot(numbers, [point.divergence for point in curve.points], "o-", color=ATTENTION,
+                label=curve.selection.strategy)  # fmt: skip
+    has_head = curve.points[0].agreement is not None
+    label = "KL from the whole model (nats)" if has_head else "1 - cosine to the whole model's features"
+    smallest = min((point.divergence for point in curve.points[1:] if point.divergence > 0), default=1e-3)
+    change.set_yscale("symlog", linthresh=smallest)
+    change.set(xlabel="attention layers removed", ylabel=label, title="What removal changes, before any training")
+    whole = curve.points[0]
+    for title, name, style in (("parameters", "parameters", "--"), ("multiply-accumulates", "macs", "-.")):
+        savings.plot(numbers, [getattr(whole, name) / getattr(point, name) for point in curve.points], style,
+                     color=MLP, label=f"{title}, whole / left")  # fmt: skip
+    if whole.images_per_second:
+        ratios = [point.images_per_second / whole.images_per_second for point in curve.points]
+        savings.plot(numbers, ratios, "o-", color=ATTENTION, label="images/s, measured")
+    savings.set(xlabel="attention layers removed", ylabel="ratio to the whole model", title="What it saves")
+    for axes in (change, savings):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if chosen is not None:
+            axes.axvline(chosen, color=REMOVED, lw=1, label=f"chosen: {chosen}")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -61,17 +61,18 @@ def as_timm_vit(model: LambdaViTForImageClassification) -> nn.Module:
     become [`PrunedTimmBlock`]s. In eval mode; takes `(batch, channels, height, width)`, returns logits.
 
     Raises:
-        ValueError: if the model is of another family, or folded (the authors' form keeps the doubling), or its
-            activation is not GELU.
+        ValueError: if the model is of another family, or its removed layers do not double (the authors' form does), or
+            its activation is not GELU.
     """
     from timm.models.vision_transformer import VisionTransformer
 
     _check_is_vit(model)
     config = model.config
-    if config.fold_removed or config.hidden_act != "gelu":
+    does_not_double = config.fold_removed or (config.removed_layers and config.fade_to != "identity")
+    if does_not_double or config.hidden_act != "gelu":
         raise ValueError(
-            "timm's form needs an unfolded model with `hidden_act='gelu'`, got"
-            f" fold_removed={config.fold_removed}, hidden_act={config.hidden_act!r}."
+            "timm's form needs an unfolded model, faded to the identity, with `hidden_act='gelu'`, got"
+            f" fold_removed={config.fold_removed}, fade_to={config.fade_to!r}, hidden_act={config.hidden_act!r}."
         )
     timm_vit = VisionTransformer(
         img_size=config.image_size,

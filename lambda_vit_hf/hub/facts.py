@@ -40,6 +40,7 @@ class ModelCardFacts:
         measured_on: hardware, versions, date of the speed figures.
         base_model: Hub id of the checkpoint started from.
         license, language: of the weights.
+        fade_to: what attention faded to: `"identity"`, or nothing, `"skip"`.
         folded: whether the removed layers' identity is in the weights that follow.
         pictures: file names in the model's folder, keys `entropy` and `training`.
         repo_id: where the usage example finds the model; by default its name.
@@ -60,6 +61,7 @@ class ModelCardFacts:
     base_model: str | None = None
     license: str | None = None
     language: str | list[str] | None = None
+    fade_to: str = "identity"
     folded: bool = False
     pictures: dict[str, str] = field(default_factory=dict)
     repo_id: str | None = None
@@ -92,6 +94,7 @@ def facts_of_training(
         "evaluation": {name.removeprefix("eval_"): f"{value:.4f}" for name, value in metrics.items()},
         "accuracy": metrics.get("eval_accuracy"),
         "base_model": hub_base_model(model.config),
+        "fade_to": model.config.fade_to,
         "folded": model.config.fold_removed,
         "repo_id": args.hub_model_id,
         "is_classifier": model.has_class_head,

@@ -56,10 +56,11 @@ def _introduction(facts: ModelCardFacts) -> str:
             f"**Not finished**: a checkpoint of a training that takes the attention out of {layers} layers"
             f" ({_plain(facts.progress)}). The attention is still in this model. {chosen}Method: {method}."
         )
+    fade = "into the identity" if facts.fade_to == "identity" else "out"
     folded = " and the identity was folded into the weights that follow" if facts.folded else ""
     return (
-        f"A vision transformer without attention in {layers} of its layers. {chosen}They faded into the identity"
-        f" during fine-tuning, then their weights were removed{folded}. Method: {method}."
+        f"A vision transformer without attention in {layers} of its layers. {chosen}They faded {fade} during"
+        f" fine-tuning, then their weights were removed{folded}. Method: {method}."
     )
 
 

@@ -5,12 +5,13 @@ Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 24
 
 from torch import nn
 
+from .configuration_removal import FADES
 from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
 
 
 class AttentionRemovalMixin:
     """
-    `set_attention_lambda`, `remove_attention` and `fold_removed_attention`, for every Lambda model.
+    `set_fade_to`, `set_attention_lambda`, `remove_attention` and `fold_removed_attention`, for every Lambda model.
 
     A family sets `_layers` and `_final_norm`, names of the blocks and of the LayerNorm behind them, and
     `_stream_entry`, that of the module that gives the first block its input; all within the base model.
@@ -27,6 +28,29 @@ class AttentionRemovalMixin:
     def attention_lambdas(self) -> list[float | None]:
         """Lambda of each layer; `None` where attention is removed."""
         return [layer.attention_lambda.item() if layer.has_attention else None for layer in self.encoder_layers]
+
+    def set_fade_to(self, fade_to: str) -> None:
+        """
+        Say what attention fades to from now on; see `config.fade_to`.
+
+        Args:
+            fade_to (`str`): `"identity"` (the paper's) or `"skip"`.
+
+        Raises:
+            ValueError: if it is neither, or would change the function of a model with layers that fade or are removed.
+        """
+        self._check_not_prepared()
+        if fade_to not in FADES:
+            raise ValueError(f"`fade_to` must be one of {list(FADES)}, got {fade_to!r}.")
+        if fade_to == self.config.fade_to:
+            return
+        gone = [index for index, value in enumerate(self.attention_lambdas) if value != 1.0]
+        if gone or self.config.fold_removed:
+            raise ValueError(
+                f"The attention of layers {gone} faded to {self.config.fade_to!r}; with {fade_to!r} this would be"
+                " another function. Remove all layers in one way."
+            )
+        self.config.fade_to = fade_to
 
     def set_attention_lambda(self, value: float, layers: list[int]) -> None:
         """
@@ -80,14 +104,15 @@ class AttentionRemovalMixin:
     def fold_removed_attention(self) -> None:
         """
         Absorb the doubling of removed layers in the weights that follow; the function stays the same, to the bit in
-        float32, bfloat16 and float64. Does nothing in a model that is folded already.
+        float32, bfloat16 and float64. Does nothing in a model that is folded already, or where nothing doubles
+        (`config.fade_to` is `"skip"`).
 
         Raises:
             ValueError: in float16, if weights would leave the format's range; if adapters or quantised layers stand
                 where weights must be divided. The model is unchanged then.
         """
         self._check_not_prepared()
-        if not self.config.fold_removed:
+        if not self.config.fold_removed and self.config.fade_to == "identity":
             self._fold(self.config.attention_flags)
             self._set_epsilons()
 

@@ -48,15 +48,16 @@ class BlockDescription:
 
 class RemovableAttention:
     """
-    Mixin in front of a family's block of transformers: its attention can fade into the identity, be off, or be gone.
+    Mixin in front of a family's block of transformers: its attention can fade, be off, or be gone.
 
     Differences from the block of transformers:
 
-    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against the identity
-      (paper, equation 7): `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block, to the
-      bit; at 0 attention is not computed. The buffer is the only place that knows lambda.
+    - `attention_lambda`, a scalar buffer saved with the weights, weighs attention against what it fades to: the
+      identity (`config.fade_to`; paper, equation 7), `x = (2 - lambda) * x + lambda * Attention(LayerNorm(x))`, or
+      nothing (`"skip"`), `x = x + lambda * Attention(LayerNorm(x))`. 1 is the ordinary block, to the bit; at 0
+      attention is not computed. The buffer is the only place that knows lambda.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
-      LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model.
+      LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model or after "skip".
     - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
 
     Args:
@@ -91,12 +92,10 @@ class RemovableAttention:
     ) -> torch.Tensor:
         """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
         state = self.attention_state
-        if state == "folded":
-            return hidden_states
-        if state == "removed":
-            return 2 * hidden_states
-        if state == "off":
-            return 2 * self._mark_unused_attention(hidden_states)
+        if state in ("off", "removed", "folded"):
+            if state == "off":
+                hidden_states = self._mark_unused_attention(hidden_states)
+            return hidden_states if state == "folded" or self.config.fade_to == "skip" else 2 * hidden_states
         branch, _ = self._part("attention")(
             self._part("attention_norm")(hidden_states), attention_mask=attention_mask, **kwargs
         )
@@ -114,6 +113,11 @@ class RemovableAttention:
         """What whole attention adds to the stream. `(batch, tokens, hidden)`."""
         branch, _ = self._part("attention")(self._part("attention_norm")(hidden_states), attention_mask=None, **kwargs)
         return self._scale_and_drop(branch, "attention_scale")
+
+    def attention_maps(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor | None:
+        """Attention probabilities `(batch, heads, tokens, tokens)`; `None` where its implementation is not eager."""
+        normed = self._part("attention_norm")(hidden_states)
+        return self._part("attention")(normed, attention_mask=None, **kwargs)[1]
 
     def _mix_and_merge(self, hidden_states: torch.Tensor, flow: TokenFlow, **kwargs) -> torch.Tensor:
         """`mix_tokens`, then merging; or only the class token from here on."""
@@ -145,6 +149,8 @@ class RemovableAttention:
         is_fixed = not torch.compiler.is_compiling() or hasattr(self._part("attention"), "qkv_proj")
         if state == "kept" and is_fixed:
             return branch + hidden_states
+        if self.config.fade_to == "skip":
+            return hidden_states + self.attention_lambda * branch
         return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
 
     def _scale_and_drop(self, branch: torch.Tensor, scale: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 
 STAGE_ARGUMENTS = ("out_features", "out_indices")
+FADES = ("identity", "skip")
 _ATTENTION_ARGUMENTS = ("attn_implementation", "_attn_implementation")
 # Far beyond every published vision transformer: a damaged file must not take minutes to be refused.
 _LARGEST = {"num_hidden_layers": 1_000, "hidden_size": 100_000, "intermediate_size": 1_000_000, "num_channels": 10_000}
@@ -26,10 +27,13 @@ class RemovalConfigMixin:
             One flag per layer, index 0 nearest to the image. `False`: the layer has no attention weights and no first
             LayerNorm, and never computes attention. At least one flag must be `True`: without any attention the
             tokens would not see each other.
+        fade_to (`str`, *optional*, defaults to `"identity"`):
+            What attention fades to, and what is in its place once removed. `"identity"`, as in the paper: attention
+            gives its input, so the block starts with `x = x + x`. `"skip"`: attention gives nothing, `x = x`.
         fold_removed (`bool`, *optional*, defaults to `False`):
             How a removed layer's identity is kept. `False`: the block doubles its input, as in the paper
             (`x = 2 * x`). `True`: the factor 2 is absorbed by the weights that follow, and the block is just
-            `x + MLP(LayerNorm(x))`. Both are the same function.
+            `x + MLP(LayerNorm(x))`. Both are the same function. With `fade_to="skip"` there is nothing to fold.
         fold_exponent (`int`, *optional*, defaults to 0):
             In a folded model: what enters the first block was multiplied by 2 to this power, which centres the range
             of weights and stream for float16. Written by `fold_removed_attention`; not a choice.
@@ -46,6 +50,7 @@ class RemovalConfigMixin:
     source_model_types = ()
 
     attention_flags: list[bool] | None = None
+    fade_to: str = "identity"
     fold_removed: bool = False
     fold_exponent: int = 0
     token_merging_r: int | list[int] = 0
@@ -71,7 +76,8 @@ class RemovalConfigMixin:
         The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer.
 
         It is not written into config.json: transformers 5.24 takes a config that has it apart, layer by layer, though
-        no vision model there reads it. True of a folded model; before folding a removed layer doubles its input.
+        no vision model there reads it. True of a folded model, and with `fade_to="skip"`; else a removed layer doubles
+        its input.
         """
         return {str(layer): {"skip": ["attention"]} for layer in self.removed_layers}
 
@@ -122,6 +128,12 @@ class RemovalConfigMixin:
                 " one."
             )
 
+    def validate_fade_to(self):
+        if self.fade_to not in FADES:
+            raise ValueError(f"`fade_to` must be one of {list(FADES)}, got {self.fade_to!r}.")
+        if self.fade_to == "skip" and self.fold_removed:
+            raise ValueError('With `fade_to="skip"` nothing is folded: `fold_removed` must be False.')
+
     def validate_fold_exponent(self):
         if self.fold_exponent and not self.fold_removed:
             raise ValueError(
@@ -165,6 +177,7 @@ class RemovalConfigMixin:
         stages = set(STAGE_ARGUMENTS) if issubclass(cls, BackboneConfigMixin) else set()
         names = [name for name in kwargs if name in {*cls.__dataclass_fields__, *stages} - {"dtype"}]
         overrides = {name: kwargs.pop(name) for name in names}
+        check_fade(config_dict, overrides.get("fade_to"))
         if not overrides.keys().isdisjoint(stages):  # stages asked for by name replace those stored by index
             config_dict = {name: value for name, value in config_dict.items() if name not in stages}
         result = super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -201,6 +214,25 @@ class RemovalConfigMixin:
     def _advice_for(cls, model_type: str) -> str:
         """What to do with a checkpoint of a type that this class does not read; starts with a space, or is empty."""
         return ""
+
+
+def check_fade(stored: dict, wanted: str | None) -> None:
+    """
+    Refuse another `fade_to` for a model whose attention is removed in the one way already.
+
+    Args:
+        stored (`dict`): configuration of the checkpoint.
+        wanted (`str`, *optional*): what the caller asks for.
+
+    Raises:
+        ValueError: if the model would become another function.
+    """
+    fade_to = stored.get("fade_to", "identity")
+    if wanted not in (None, fade_to) and not all(stored.get("attention_flags") or ()):
+        raise ValueError(
+            f"Attention of the checkpoint was removed with `fade_to={fade_to!r}`: with {wanted!r} the model would be"
+            " another function."
+        )
 
 
 def _refuse_hub_kernel(config, asked: str | dict | None = None) -> None:

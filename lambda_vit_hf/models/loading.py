@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .configuration_removal import RemovalConfigMixin
+from .configuration_removal import RemovalConfigMixin, check_fade
 from .finite import not_finite
 from .folding import check_layer_indices
 
@@ -52,6 +52,7 @@ def read_stored_config(
         # What the config already says about attention was the caller's choice: see `RemovalConfigMixin.from_dict`.
         attention = {"attn_implementation": arguments.get("attn_implementation") or config._attn_implementation}
         stored = config_class.from_pretrained(source, **attention, **kept)
+        check_fade(vars(stored), config.fade_to)
         config = copy.deepcopy(config)
         for name in ("attention_flags", "fold_removed", "fold_exponent"):
             setattr(config, name, getattr(stored, name))

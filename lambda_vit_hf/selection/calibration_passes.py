@@ -94,3 +94,31 @@ class CalibrationPasses:
         sums = sum(gather(sums))
         means = (sums[:-1] / sums[-1]).tolist()
         return [mean if layer.has_attention else None for layer, mean in zip(layers, means, strict=True)]
+
+    def attention_deviation(self) -> list[float | None]:
+        """
+        How much each layer's attention maps depend on the image: the standard deviation over images of each attention
+        probability, the mean over heads, queries and keys; `None` without attention. (arXiv 2605.22132 replaces the
+        attention of least deviation by convolution.)
+        """
+        layers, implementation = self.model.encoder_layers, self.model.config._attn_implementation
+        moments: list = [0.0 if layer.has_attention else None for layer in layers]
+
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
+            hidden_states, extra = self.model.embed(pixel_values)
+            for index, layer in enumerate(layers):
+                if layer.has_attention:
+                    maps = layer.attention_maps(hidden_states, **extra).double()
+                    moments[index] += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)]).cpu()
+                hidden_states = layer.feed_forward(layer.mix_tokens(hidden_states, **extra))
+
+        self.model.set_attn_implementation("eager")  # the only one that gives its maps
+        try:
+            self.for_each_batch(measure, "attention maps")
+        finally:
+            self.model.set_attn_implementation(implementation)
+        return [None if of_layer is None else self._mean_deviation(gather(of_layer)) for of_layer in moments]
+
+    def _mean_deviation(self, moments: list[torch.Tensor]) -> float:
+        first, second = sum(moments) / self.batches.num_images
+        return (second - first.square()).clamp(min=0).sqrt().mean().item()

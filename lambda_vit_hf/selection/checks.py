@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> SelectionConfig:
     """
-    The options with `output` named, which depends on the model's head.
+    The options with `output` and `mask` named, which depend on the model's head and on what its attention fades to.
 
     Args:
         config ([`SelectionConfig`]): the options.
@@ -40,7 +40,7 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
             "The class head is newly initialized: layers are selected by the entropy of the class token instead."
         )
     output = "class_head" if model.has_class_head and not is_untrained else "class_token"
-    return dataclasses.replace(config, output=config.output or output)
+    return dataclasses.replace(config, output=config.output or output, mask=config.mask or model.config.fade_to)
 
 
 def check_is_ours(model) -> None:

@@ -21,14 +21,16 @@ class SelectionConfig:
 
     Args:
         strategy (`str` or callable, *optional*, defaults to `"nose"`):
-            `"nose"`, `"beam"`, `"exhaustive"`, `"lowest_entropy"`, `"cosine"`, `"first"`, `"last"` or `"random"`; or a
-            function from an [`AttentionSearch`] to layers in order.
+            A name of `STRATEGIES`: `"nose"`, `"beam"`, `"exhaustive"`, `"divergence"`, `"lowest_entropy"`, `"cosine"`,
+            `"attention_deviation"`, `"first"`, `"last"` or `"random"`; or a function from an [`AttentionSearch`] to
+            layers in order.
         output (`str`, *optional*):
             Where entropy is measured: `"class_head"` (logits; the default where there is a trained head),
             `"class_token"` or `"token_mean"`, both after the final LayerNorm.
-        mask (`str`, *optional*, defaults to `"skip"`):
-            A masked attention layer adds nothing (`"skip"`, the authors'), or adds its input (`"identity"`, as after
-            dilution).
+        mask (`str`, *optional*):
+            A masked attention layer adds nothing (`"skip"`), or adds its input (`"identity"`). By default what the
+            model's attention fades to, so that what is measured is what will be. (The authors let it fade to the
+            identity, and measured `"skip"`.)
         compare (`str`, *optional*, defaults to `"magnitude"`):
             The least transfer entropy is that of least `"magnitude"`, or of least `"value"`.
         calibration_size (`int`, *optional*, defaults to 512):
@@ -53,7 +55,7 @@ class SelectionConfig:
 
     strategy: str | Callable = "nose"
     output: str | None = None
-    mask: str = "skip"
+    mask: str | None = None
     compare: str = "magnitude"
     calibration_size: int | None = 512
     seed: int = 0
@@ -66,7 +68,7 @@ class SelectionConfig:
         names = sorted(STRATEGIES)
         if not callable(self.strategy) and self.strategy not in names:
             raise ValueError(f"`strategy` must be a function or one of {names}, got {self.strategy!r}.")
-        allowed = {"output": (None, *OUTPUTS), "mask": MASKS, "compare": COMPARISONS,
+        allowed = {"output": (None, *OUTPUTS), "mask": (None, *MASKS), "compare": COMPARISONS,
                    "autocast_dtype": (None, *AUTOCAST_DTYPES)}  # fmt: skip
         for name, values in allowed.items():
             value = getattr(self, name)

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ..models.configuration_removal import FADES
+
 
 OUTPUTS = ("class_head", "class_token", "token_mean")
-MASKS = ("skip", "identity")
+MASKS = FADES
 
 
 class MaskedForward:

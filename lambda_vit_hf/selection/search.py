@@ -45,6 +45,21 @@ class SelectionStep:
     standard_error: float | None = None
 
 
+@dataclass(frozen=True)
+class OutputChange:
+    """
+    How a model's output changes when layers are masked; needs no labels.
+
+    Attributes:
+        divergence: of the class probabilities KL(whole || masked) in nats; of features 1 - their cosine. The mean over
+            the images.
+        agreement: share of images, in [0, 1], whose most probable class stays; `None` for features.
+    """
+
+    divergence: float
+    agreement: float | None
+
+
 class AttentionSearch:
     """
     What a strategy works with: the candidates, how many to pick, and transfer entropy on demand.
@@ -114,6 +129,25 @@ class AttentionSearch:
         self.steps.append(step)
         return picked
 
+    def output_change(self, sets: Sequence[Iterable[int]]) -> list[OutputChange]:
+        """How each set of masked layers changes the output, over all calibration images, in one pass."""
+        sets = [frozenset(), *(frozenset(layers) for layers in sets)]
+        of_classes = self.forward.output == "class_head"
+        sums = torch.zeros(len(sets), 2, dtype=torch.float64)
+
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
+            outputs = {
+                position: features.double()
+                for positions, features in self.forward(pixel_values, sets)
+                for position in positions
+            }
+            for position, masked in outputs.items():
+                sums[position] += _sum_of_changes(outputs[0], masked, of_classes)
+
+        self.passes.for_each_batch(measure, f"output of {len(sets)} sets")
+        means = gather(sum(gather(sums)) / self.passes.batches.num_images)[0].tolist()
+        return [OutputChange(divergence, same if of_classes else None) for divergence, same in means[1:]]
+
     def measure_pairs(self) -> list[list[float | None]]:
         """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
         pairs = list(itertools.combinations_with_replacement(self.candidates, 2))
@@ -141,3 +175,12 @@ class AttentionSearch:
         values = gather([estimate.value() for estimate in estimates])[0]
         self._values |= dict(zip(sets, values, strict=True))
         return [estimate for estimate in estimates if estimate is not self.unmasked]
+
+
+def _sum_of_changes(whole: torch.Tensor, masked: torch.Tensor, of_classes: bool) -> torch.Tensor:
+    """Sums over the images of a batch: divergence, and images whose most probable class is the same."""
+    if not of_classes:
+        return torch.stack([(1 - torch.cosine_similarity(whole, masked, dim=-1)).sum(), whole.new_zeros(())]).cpu()
+    whole, masked = whole.log_softmax(dim=-1), masked.log_softmax(dim=-1)
+    divergence = torch.nn.functional.kl_div(masked, whole, log_target=True, reduction="sum")
+    return torch.stack([divergence, (whole.argmax(dim=-1) == masked.argmax(dim=-1)).double().sum()]).cpu()

@@ -90,8 +90,10 @@ def select_attention_layers(
         batches = CalibrationBatches(
             calibration, config.batch_size, image_processor, NUM_FOLDS, config.calibration_size, bar
         )
-        is_greedy = config.strategy in ("nose", "beam")
-        bar.reset(total=batches.num_own_images * (1 + (count if is_greedy else 2) + pairs))
+        # One pass for the entropies of the layers, then those of the strategy; of a function nobody knows how many.
+        passes_of = dict.fromkeys(("nose", "beam", "divergence"), count)
+        number = float("inf") if callable(config.strategy) else 1 + passes_of.get(config.strategy, 2) + pairs
+        bar.reset(total=batches.num_own_images * number)
         with _in_eval_mode(model):
             passes = CalibrationPasses(model, batches, bar, config.autocast_dtype)
             found = _search(AttentionSearch(passes, count, config), config, pairs)

@@ -59,6 +59,19 @@ def exhaustive(search: AttentionSearch) -> list[int]:
     return list(min(zip(values, sets, strict=True), key=lambda pair: search.size(pair[0]))[1])
 
 
+def divergence(search: AttentionSearch) -> list[int]:
+    """
+    Greedy as [`nose`], but the layer with which the output stays nearest to the whole model's: the least KL divergence
+    of the class probabilities, or cosine distance of the features (see [`AttentionSearch.output_change`]).
+    """
+    order: list[int] = []
+    while len(order) < search.num_layers:
+        rest = [layer for layer in search.candidates if layer not in order]
+        changes = search.output_change([[*order, layer] for layer in rest])
+        order.append(min(zip(changes, rest, strict=True), key=lambda pair: pair[0].divergence)[1])
+    return order
+
+
 def lowest_entropy(search: AttentionSearch) -> list[int]:
     """The layers whose own attention output has the least entropy."""
     return sorted(search.candidates, key=lambda layer: search.attention_entropy[layer])[: search.num_layers]
@@ -68,6 +81,12 @@ def cosine(search: AttentionSearch) -> list[int]:
     """The layers that change the direction of their input least (see [`CalibrationPasses.attention_influence`])."""
     influence = search.passes.attention_influence()
     return sorted(search.candidates, key=influence.__getitem__)[: search.num_layers]
+
+
+def attention_deviation(search: AttentionSearch) -> list[int]:
+    """The layers whose attention maps differ least between images (see [`CalibrationPasses.attention_deviation`])."""
+    deviation = search.passes.attention_deviation()
+    return sorted(search.candidates, key=deviation.__getitem__)[: search.num_layers]
 
 
 def first(search: AttentionSearch) -> list[int]:
@@ -89,8 +108,10 @@ STRATEGIES: dict[str, Callable[[AttentionSearch], list[int]]] = {
     "nose": nose,
     "beam": beam(),
     "exhaustive": exhaustive,
+    "divergence": divergence,
     "lowest_entropy": lowest_entropy,
     "cosine": cosine,
+    "attention_deviation": attention_deviation,
     "first": first,
     "last": last,
     "random": random_layers,

@@ -61,7 +61,9 @@ class RemovalAmount:
         return count_layers(len(kept), self.num_removed_layers, self.removal_ratio)
 
 
-def rehearse_removal(model: LambdaPreTrainedModel, amount: RemovalAmount, fold: bool) -> None:
+def rehearse_removal(
+    model: LambdaPreTrainedModel, amount: RemovalAmount, fold: bool, fade_to: str | None = None
+) -> None:
     """
     Remove and fold in a copy that has shapes only, so that what cannot work is known before any training.
 
@@ -74,6 +76,8 @@ def rehearse_removal(model: LambdaPreTrainedModel, amount: RemovalAmount, fold: 
     layers = model.config.kept_layers[:count] if amount.removed_layers is None else amount.removed_layers
     rehearsal = _copy_of_shapes(model.base_model)
     try:
+        if fade_to is not None:
+            rehearsal.set_fade_to(fade_to)
         rehearsal.remove_attention(layers)
         if fold:
             rehearsal.fold_removed_attention()

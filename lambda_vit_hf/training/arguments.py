@@ -112,12 +112,15 @@ class RemovalArguments:
     strategy: str = field(default="nose", metadata={"help": "How layers are chosen: nose, beam, cosine, last, ..."})
     calibration_size: int = field(default=512, metadata={"help": "Training images to select on."})
     output: str | None = field(default=None, metadata={"help": "Measured: class_head, class_token or token_mean."})
-    mask: str = field(default="skip", metadata={"help": "Masked layers: skip or identity."})
+    mask: str | None = field(default=None, metadata={"help": "Masked layers: skip or identity (default: fade_to)."})
     compare: str = field(default="magnitude", metadata={"help": "Compare transfer entropy by magnitude or value."})
     schedule: str = field(default="linear", metadata={"help": "Lambda falls linear or cosine."})
     hold_share: float = field(default=0.25, metadata={"help": "Share of training, at its end, with lambda = 0."})
     granularity: str = field(default="step", metadata={"help": "Lambda changes every step or every epoch."})
     fold: bool = field(default=True, metadata={"help": "Fold the removed identity into the weights."})
+    fade_to: str | None = field(
+        default=None, metadata={"help": "Attention fades to the identity (default; the paper's), or to nothing: skip."}
+    )
 
     def amount(self) -> dict:
         """How many layers, or which."""
@@ -135,7 +138,7 @@ class RemovalArguments:
 
     def dilution_config(self) -> DilutionConfig:
         """How attention fades."""
-        return DilutionConfig(self.schedule, self.hold_share, self.granularity, self.fold)
+        return DilutionConfig(self.schedule, self.hold_share, self.granularity, self.fold, self.fade_to)
 
 
 @dataclass

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 _OLD_NAMES = {"layers": "removed_layers", "num_layers": "num_removed_layers"}
 _SELECTION_OPTIONS = ("calibration_size", "strategy", "output", "mask", "compare")
-_DILUTION_OPTIONS = ("schedule", "hold_share", "granularity", "fold")
+_DILUTION_OPTIONS = ("schedule", "hold_share", "granularity", "fold", "fade_to")
 
 
 class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
     """
-    Selects attention layers when training starts, lets them fade into the identity, and removes them when it ends.
+    Selects attention layers when training starts, lets them fade, and removes them when it ends.
 
     It forwards the Trainer's events to an [`AttentionRemoval`], which any other training loop can use by itself.
     After `trainer.train()`, `trainer.model` is the removed and folded model, so `trainer.save_model()` and
@@ -55,7 +55,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         selection ([`SelectionConfig`], *optional*): how layers are chosen. Its default takes the Trainer's seed.
         dilution ([`DilutionConfig`], *optional*): how lambda falls, and whether the result is folded.
         options: fields of the two, by themselves: `calibration_size`, `strategy`, `output`, `mask`, `compare`;
-            `schedule`, `hold_share`, `granularity`, `fold`.
+            `schedule`, `hold_share`, `granularity`, `fold`, `fade_to`.
 
     Raises:
         ValueError: on contradictory arguments, at once; on what could not be removed or folded at the end, and on FSDP

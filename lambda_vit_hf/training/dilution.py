@@ -1,4 +1,4 @@
-"""Lambda schedules: how attention fades into the identity, as pure functions of training progress.
+"""Lambda schedules: how attention fades, as pure functions of training progress.
 
 A schedule maps progress in [0, 1], the share of the dilution phase that has passed, to lambda: 1 at 0, exactly 0 at 1,
 never rising. The phase covers the first part of training; the pruned network trains on for the rest.
@@ -10,6 +10,8 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from ..models.configuration_removal import FADES
 
 
 def linear(progress: float) -> float:
@@ -29,13 +31,16 @@ GRANULARITIES = ("step", "epoch")
 @dataclass(frozen=True)
 class DilutionConfig:
     """
-    How attention fades into the identity during training, and what is left of it. Immutable; holds plain values.
+    How attention fades during training, and what is left of it. Immutable; holds plain values.
 
     Args:
         schedule (`str`, *optional*, defaults to `"linear"`): lambda falls `"linear"` or `"cosine"`.
         hold_share (`float`, *optional*, defaults to 0.25): share of training, at its end, with lambda = 0; in [0, 1).
         granularity (`str`, *optional*, defaults to `"step"`): lambda changes every `"step"` or every `"epoch"`.
         fold (`bool`, *optional*, defaults to `True`): fold the removed layers' identity into the weights.
+        fade_to (`str`, *optional*):
+            Attention fades to the `"identity"` (the paper's), or to nothing (`"skip"`). By default what the model's
+            configuration says.
 
     Raises:
         ValueError: on a value that is none of these.
@@ -45,6 +50,7 @@ class DilutionConfig:
     hold_share: float = 0.25
     granularity: str = "step"
     fold: bool = True
+    fade_to: str | None = None
 
     def __post_init__(self):
         if self.fold not in (True, False):  # bool("false") is True
@@ -53,7 +59,13 @@ class DilutionConfig:
             raise ValueError(f"`hold_share` must be a number in [0, 1), got {self.hold_share!r}.")
         for name, kind in (("schedule", str), ("hold_share", float), ("granularity", str), ("fold", bool)):
             object.__setattr__(self, name, kind(getattr(self, name)))  # a numpy value would not go into JSON
-        for name, allowed in (("schedule", sorted(SCHEDULES)), ("granularity", list(GRANULARITIES))):
+        if self.fade_to is not None:
+            object.__setattr__(self, "fade_to", str(self.fade_to))
+        for name, allowed in (
+            ("schedule", sorted(SCHEDULES)),
+            ("granularity", list(GRANULARITIES)),
+            ("fade_to", [None, *FADES]),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         if not 0.0 <= self.hold_share < 1.0:

@@ -30,7 +30,7 @@ To write the finished model, without them{folded}:
 def tell_how_to_finish(checkpoint: Path, removal: AttentionRemoval, model: LambdaPreTrainedModel) -> None:
     """Write a README.md into the folder of a checkpoint at lambda = 0."""
     if checkpoint.is_dir() and not removal.is_diluting(model):
-        folded = " and folded" if removal.dilution_config.fold else ""
+        folded = " and folded" if removal.dilution_config.fold and model.config.fade_to == "identity" else ""
         note = _NOTE.format(layers=removal.selection.layers, folded=folded, checkpoint=checkpoint.name)
         (checkpoint / "README.md").write_text(note, encoding="utf-8")
 
@@ -128,6 +128,7 @@ def _facts(output_dir, model, selection, size_before, state, run, metrics) -> Mo
         evaluation={name.removeprefix("eval_"): f"{value:.4f}" for name, value in metrics.items()},
         accuracy=metrics.get("eval_accuracy"),
         base_model=hub_base_model(model.config),
+        fade_to=model.config.fade_to,
         folded=model.config.fold_removed,
         is_classifier=hasattr(model, "classifier"),
     )

@@ -91,7 +91,7 @@ class AttentionRemoval:
 
     def rehearse(self, model: LambdaPreTrainedModel) -> None:
         """ValueError where removal or folding would fail at the end of training; see [`rehearse_removal`]."""
-        rehearse_removal(model, self.amount, self.dilution_config.fold)
+        rehearse_removal(model, self.amount, self.dilution_config.fold, self.dilution_config.fade_to)
 
     def choose(
         self, model: LambdaPreTrainedModel, images=None, seed: int | None = None, image_processor=None
@@ -116,6 +116,8 @@ class AttentionRemoval:
         config = self.selection_config
         if seed is not None:
             config = dataclasses.replace(config, seed=seed)
+        if self.dilution_config.fade_to is not None:
+            model.set_fade_to(self.dilution_config.fade_to)
         fit_to_model(config, model)
         self._lambda, self._is_removed = None, False
         if self.amount.removed_layers is not None:
@@ -148,6 +150,10 @@ class AttentionRemoval:
     def set_lambda(self, model: LambdaPreTrainedModel, step: int) -> None:
         """Before optimizer step `step` (0 is the first): set lambda of the chosen layers to what is planned."""
         value = self.schedule.at(step)
+        fade_to = self.dilution_config.fade_to or model.config.fade_to
+        if fade_to != model.config.fade_to:  # resumed with a model that was loaded anew
+            model.set_attention_lambda(1.0, self.selection.layers)
+            model.set_fade_to(fade_to)
         if value != self._lambda:
             model.set_attention_lambda(value, self.selection.layers)
             self._lambda = value

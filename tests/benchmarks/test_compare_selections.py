@@ -59,7 +59,7 @@ def test_each_set_of_layers_is_trained_once_from_the_same_base(tmp_path, capsys)
     assert len(results["choices"]) == 2 * 12
     assert [tried["seed"] for tried in results["random_sets"]] == [0, 1]
     printed = capsys.readouterr().out
-    assert "| 1 | first |" in printed
+    assert "| 1 | identity | first |" in printed
     assert printed.count("| 1 | class_head | skip | magnitude |") == 2, "one row of choices, one of correlations"
     for choice in results["choices"]:  # what a strategy chose too was trained
         training = results["trainings"].get(f"seed {choice['seed']}, layers {choice['layers'][0]}")

@@ -79,3 +79,48 @@ def test_of_several_processes_one_reports_what_all_selected(digits_vit, tmp_path
     select_into(str(tmp_path), digits_vit, rank=2)
     alone = AttentionSelection.load(tmp_path / "2" / "selection.json")
     assert (shared.order, shared.num_images) == (alone.order, 20)
+
+
+def how_many(model, folder, *more):
+    select.main([model, "--dataset_name", "digits", "--calibration_size", "30", "--output_dir", str(folder), *more])
+
+
+def test_without_a_number_it_says_how_many(digits_vit, tmp_path, capsys):
+    how_many(digits_vit, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == list("0123")
+    assert "--num_removed_layers NUMBER" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"curve.json", "curve.png"}
+
+
+def test_a_bound_picks_the_number_and_shows_what_others_would_take(digits_vit, tmp_path, capsys):
+    how_many(digits_vit, tmp_path / "out", "--max_kl", "1000")
+    printed = capsys.readouterr().out
+    selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
+    assert len(selection.layers) == 3 and selection.strategy == "nose"
+    assert "3 layers, by strategy" in printed and "| last | 1 2 3 |" in printed
+    assert f"--removed_layers {' '.join(map(str, selection.layers))}\n" in printed
+    how_many(digits_vit, tmp_path / "none", "--max_divergence", "0")
+    assert "not one layer can go" in capsys.readouterr().out
+    assert not (tmp_path / "none" / "selection.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_kl", "0.1", "--num_removed_layers", "2"], "give no other"),
+        (["--min_agreement", "0.9", "--removal_ratio", "0.5"], "give no other"),
+        (["--pairs"], "--pairs needs a number"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        select.parse_arguments(["m", "--dataset_name", "digits", *options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bound", [["--min_agreement", "1.5"], ["--max_kl", "-1"], ["--max_kl", "nan"]])
+def test_a_bound_out_of_range_is_refused_before_anything_is_measured(digits_vit, tmp_path, bound):
+    with pytest.raises(ValueError, match="must"):
+        how_many(digits_vit, tmp_path / "out", *bound)
+    assert not (tmp_path / "out").exists()

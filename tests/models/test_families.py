@@ -112,11 +112,14 @@ def test_with_all_attention_it_is_transformers_model_to_the_bit(bare, pixel_valu
         assert equal(ours.attentions, theirs.attentions) and len(ours.attentions) == 6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_off_removed_and_folded_are_one_function_to_the_bit(bare, pixel_values, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "fade_to"),
+    [(torch.float32, "identity"), (torch.bfloat16, "identity"), (torch.float64, "identity"), (torch.bfloat16, "skip")],
+)
+def test_off_removed_and_folded_are_one_function_to_the_bit(bare, pixel_values, tmp_path, dtype, fade_to):
     bare.config.layer_norm_eps = 1e-2  # large enough to be seen
     bare.save_pretrained(tmp_path)
-    model = AutoLambdaModel.from_pretrained(tmp_path, dtype=dtype)
+    model = AutoLambdaModel.from_pretrained(tmp_path, dtype=dtype, fade_to=fade_to)
     pixel_values = pixel_values.to(dtype)
     model.set_attention_lambda(0.0, REMOVED)
     off = features(model, pixel_values)
@@ -129,13 +132,15 @@ def test_off_removed_and_folded_are_one_function_to_the_bit(bare, pixel_values, 
     assert not [name for name, _ in model.named_parameters() for i in REMOVED if f".{i}.self_attn" in name]
     model.save_pretrained(tmp_path / "removed")
     again = AutoModel.from_pretrained(tmp_path / "removed", dtype=dtype)
-    assert type(again) is type(model)
+    assert type(again) is type(model) and again.config.fold_removed is (fade_to == "identity")
     assert equal(features(again, pixel_values), off)
 
 
-def test_attention_fades_as_in_the_paper(bare, pixel_values, tmp_path):
+@pytest.mark.parametrize("fade_to", ["identity", "skip"])
+def test_attention_fades_as_in_the_paper_or_to_nothing(bare, pixel_values, tmp_path, fade_to):
     bare.save_pretrained(tmp_path)
     model = AutoLambdaModel.from_pretrained(tmp_path)
+    model.set_fade_to(fade_to)
     layer = model.encoder_layers[1]
     hidden_states, extra = model.embed(pixel_values)
     with torch.no_grad():
@@ -143,7 +148,7 @@ def test_attention_fades_as_in_the_paper(bare, pixel_values, tmp_path):
         assert branch.abs().max() > 1e-3
         for value in (1.0, 0.25, 0.0):
             layer.set_attention_lambda(value)
-            expected = (2 - value) * hidden_states + value * branch
+            expected = ((2 - value) if fade_to == "identity" else 1) * hidden_states + value * branch
             torch.testing.assert_close(layer.mix_tokens(hidden_states, **extra), expected)
 
 

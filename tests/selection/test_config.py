@@ -18,7 +18,7 @@ class Mask(enum.Enum):
 
 def test_the_defaults():
     assert SelectionConfig().to_dict() == {
-        "strategy": "nose", "output": None, "mask": "skip", "compare": "magnitude", "calibration_size": 512,
+        "strategy": "nose", "output": None, "mask": None, "compare": "magnitude", "calibration_size": 512,
         "seed": 0, "batch_size": 64, "autocast_dtype": None,
     }  # fmt: skip
 
@@ -31,7 +31,6 @@ def test_the_defaults():
         {"strategy": ["nose"]},
         {"output": "logits"},
         {"mask": "zero"},
-        {"mask": None},
         {"compare": "sign"},
         {"calibration_size": 0},
         {"calibration_size": 1.5},

@@ -40,7 +40,7 @@ def test_an_older_selection_by_no_strategy_of_ours_is_read(strategy, has_config)
 
 def test_a_file_holds_the_options_once(model, images):
     saved = select_attention_layers(model, images, num_removed_layers=1).to_dict()
-    assert saved["config"]["mask"] == "skip" and not {"mask", "strategy", "output", "compare"} & set(saved)
+    assert saved["config"]["mask"] == "identity" and not {"mask", "strategy", "output", "compare"} & set(saved)
 
 
 def test_pairs_are_measured_on_request(model, images):

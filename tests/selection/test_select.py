@@ -32,7 +32,7 @@ def train(model, steps: int = 30) -> None:
     assert (model(images).logits.argmax(-1) == labels).float().mean() > 0.6, "the model has learnt nothing"
 
 
-def reference_nose(model, images, num_layers, mask="skip", output="class_head", compare="magnitude"):
+def reference_nose(model, images, num_layers, mask="identity", output="class_head", compare="magnitude"):
     """NOSE from its definition, in numpy, nothing shared or streamed."""
     chosen, path = [], []
     unmasked = entropy(masked_output(model, images, [], mask, output))
@@ -105,7 +105,7 @@ def test_an_attention_layer_that_is_exactly_useless_is_picked_first_with_transfe
     with torch.no_grad():
         model.encoder_layers[3].attention.o_proj.weight.zero_()
         model.encoder_layers[3].attention.o_proj.bias.zero_()
-    step = select_attention_layers(model, images, num_removed_layers=1).steps[0]
+    step = select_attention_layers(model, images, num_removed_layers=1, mask="skip").steps[0]
     assert step.picked == 3
     assert step.transfer_entropy[3] == 0.0
 
@@ -174,7 +174,7 @@ def test_a_clear_pick_is_stable_and_a_toss_up_is_not(model, images):
     with torch.no_grad():
         for parameter in model.encoder_layers[3].attention.o_proj.parameters():
             parameter.zero_()
-    clear = select_attention_layers(model, images, num_removed_layers=1).steps[0]
+    clear = select_attention_layers(model, images, num_removed_layers=1, mask="skip").steps[0]
     assert (clear.picked, clear.stability, clear.standard_error) == (3, 1.0, 0.0)
     with torch.no_grad():
         for parameter in model.encoder_layers[2].attention.o_proj.parameters():
@@ -183,7 +183,7 @@ def test_a_clear_pick_is_stable_and_a_toss_up_is_not(model, images):
     with torch.no_grad():
         for parameter in model.encoder_layers[1].attention.o_proj.parameters():
             parameter.mul_(1e-3)
-    second = select_attention_layers(model, images, num_removed_layers=2).steps[1]
+    second = select_attention_layers(model, images, num_removed_layers=2, mask="skip").steps[1]
     assert second.picked in (1, 2)
     assert 0.2 < second.stability < 0.999
     assert second.standard_error > 0
@@ -237,7 +237,7 @@ def test_options_come_from_a_config_and_single_ones_replace_its_own(model, image
     assert selection.config == config
     replaced = select_attention_layers(model, images, 2, strategy="nose", selection=config, mask="skip")
     assert replaced.config == dataclasses.replace(config, strategy="nose", mask="skip")
-    by_name = select_attention_layers(model, images, 2, output="token_mean")
+    by_name = select_attention_layers(model, images, 2, output="token_mean", mask="skip")
     assert (replaced.order, by_name.config.calibration_size) == (by_name.order, None)
     assert (by_name.strategy, by_name.output, by_name.mask, by_name.compare) == (
         "nose", "token_mean", "skip", "magnitude",
@@ -286,3 +286,14 @@ def test_layer_entropies_do_not_depend_on_folding(model):
         found.append([value for value in (*selection.attention_entropy, *selection.mlp_entropy) if value is not None])
         model.fold_removed_attention()
     assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("fade_to", ["identity", "skip"])
+def test_a_masked_layer_does_by_default_what_attention_fades_to(model, images, fade_to):
+    model.set_fade_to(fade_to)
+    selection = select_attention_layers(model, images, num_removed_layers=3)
+    assert selection.mask == fade_to
+    assert selection == select_attention_layers(model, images, num_removed_layers=3, mask=fade_to)
+    model.remove_attention(selection.layers)
+    output = torch.cat([model(batch[None]).logits for batch in images]).detach().numpy()
+    assert selection.output_entropy - selection.transfer_entropy == pytest.approx(entropy(output), rel=1e-4)

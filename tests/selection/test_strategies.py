@@ -1,5 +1,6 @@
 """Each strategy takes the layers that it says."""
 
+import copy
 import functools
 import itertools
 import json
@@ -99,3 +100,58 @@ def test_a_strategy_without_a_name_is_called_by_its_kind(model):
     strategy = functools.partial(chosen, [0, 1])
     selection = select_attention_layers(model, torch.randn(4, 3, 16, 16), num_removed_layers=2, strategy=strategy)
     assert (selection.strategy, selection.layers) == ("partial", [0, 1])
+
+
+def outputs_without(model, images, layers):
+    model = copy.deepcopy(model)
+    model.remove_attention(layers)
+    with torch.no_grad():
+        return model(images).logits.double()
+
+
+def test_divergence_is_greedy_by_the_mean_kl_divergence_from_the_whole_model(model, images):
+    whole = outputs_without(model, images, []).log_softmax(-1)
+    measured, order = [], []
+    for _ in range(3):
+        values = {}
+        for layer in set(range(6)) - set(order):
+            masked = outputs_without(model, images, [*order, layer]).log_softmax(-1)
+            same = (whole.argmax(-1) == masked.argmax(-1)).double().mean().item()
+            values[layer] = ((whole.exp() * (whole - masked)).sum(-1).mean().item(), same)
+        order.append(min(values, key=lambda layer: values[layer][0]))
+        measured.append(values[order[-1]])
+
+    def nested(search):
+        changes = search.output_change([order[:1], order[:2], order])
+        found = [(change.divergence, change.agreement) for change in changes]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(measured), rtol=1e-3, atol=1e-6)
+        return order
+
+    select_attention_layers(model, images, num_removed_layers=3, strategy=nested, batch_size=7)
+    selection = select_attention_layers(model, images, num_removed_layers=3, strategy="divergence", batch_size=7)
+    assert selection.order == order
+
+
+def test_divergence_of_a_model_without_head_is_the_cosine_distance_of_its_features(model, images):
+    def measure(search):
+        (change,) = search.output_change([[1, 4]])
+        pair = copy.deepcopy(model)
+        pair.remove_attention([1, 4])
+        with torch.no_grad():
+            whole, masked = (one.vit(images).last_hidden_state[:, 0].double() for one in (model, pair))
+        expected = (1 - torch.cosine_similarity(whole, masked)).mean().item()
+        assert (change.divergence, change.agreement) == (pytest.approx(expected, rel=1e-4), None)
+        return [1]
+
+    select_attention_layers(model, images, 1, strategy=measure, output="class_token", batch_size=7)
+
+
+def test_attention_deviation_takes_the_maps_that_differ_least_between_images(model, images):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(images, output_attentions=True).attentions
+    deviation = [maps.double().std(dim=0, correction=0).mean().item() for maps in attentions]
+    model.set_attn_implementation("sdpa")
+    selection = select_attention_layers(model, images, 3, strategy="attention_deviation", batch_size=7)
+    assert selection.order == sorted(range(6), key=deviation.__getitem__)[:3]
+    assert model.config._attn_implementation == "sdpa"

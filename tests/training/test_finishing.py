@@ -16,22 +16,25 @@ from tests.small_training import make_trainer
 
 def train(model, folder, callbacks=(), **options):
     settings = dict(save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6) | options
-    fold = settings.pop("fold", True)
-    removal = EntropyGuidedRemovalCallback(num_removed_layers=2, fold=fold)
+    how = {name: settings.pop(name) for name in ("fold", "fade_to") if name in settings}
+    removal = EntropyGuidedRemovalCallback(num_removed_layers=2, **how)
     trainer = make_trainer(model, folder, [*callbacks, removal], **settings)
     trainer.processing_class = ViTImageProcessor(size={"height": 16, "width": 16})
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("averaged", [True, False])
-def test_the_last_checkpoint_is_finished_to_what_training_left(model, tmp_path, fold, averaged):
-    trainer = train(model, tmp_path, [EmaCallback(0.9)] if averaged else [], fold=fold)
+@pytest.mark.parametrize(
+    ("averaged", "fold", "fade_to"),
+    [(False, True, "identity"), (True, True, "identity"), (True, False, "identity"), (True, True, "skip")],
+)
+def test_the_last_checkpoint_is_finished_to_what_training_left(model, tmp_path, averaged, fold, fade_to):
+    trainer = train(model, tmp_path, [EmaCallback(0.9)] if averaged else [], fold=fold, fade_to=fade_to)
     finished = finish_checkpoint(tmp_path / "checkpoint-12", tmp_path / "finished")
     restored = AutoModelForImageClassification.from_pretrained(finished)
     assert restored.config.removed_layers == model.config.removed_layers
-    assert restored.config.fold_removed == fold
+    assert restored.config.fade_to == fade_to
+    assert restored.config.fold_removed == (fold and fade_to == "identity")
     expected = model.state_dict()
     assert restored.state_dict().keys() == expected.keys()
     assert [name for name, value in restored.state_dict().items() if not torch.equal(value, expected[name])] == []
@@ -41,6 +44,8 @@ def test_the_last_checkpoint_is_finished_to_what_training_left(model, tmp_path, 
     accuracy = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     assert f"| accuracy | {accuracy:.4f} |" in card
     assert "12 of 12" in card and "Not finished" not in card
+    assert ("faded into the identity" in card) == (fade_to == "identity")
+    assert ("folded into the weights" in card) == restored.config.fold_removed
     assert check_folder(finished)
 
 

@@ -27,6 +27,18 @@ def test_resuming_at_any_step_ends_in_the_same_weights(tmp_path, step):
     assert lambdas[0] == lambdas[1]
 
 
+@pytest.mark.parametrize("step", [4, 11])
+def test_a_resumed_run_fades_to_what_it_did(tmp_path, step):
+    whole, callback, _ = final_weights(tmp_path, fade_to="skip")
+    assert whole.config.fade_to == callback.selection.mask == "skip" and not whole.config.fold_removed
+    resumed, *_ = final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), fade_to="skip")
+    assert resumed.config.fade_to == "skip"
+    for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+    with pytest.raises(ValueError, match=r"'fade_to': \('skip', None\)"):
+        final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
+
+
 def test_resuming_also_works_where_the_trainer_restores_callbacks_itself(tmp_path):
     whole, *_ = final_weights(tmp_path)
     resumed, *_ = final_weights(
