@@ -232,6 +232,8 @@ class AttentionRemoval:
         if not state.get("selection"):
             raise ValueError("The checkpoint was written before attention layers were chosen: start anew from it.")
         now, then = _flat(self.settings()), _flat(state["settings"])
+        if now["mask"] is None:  # as attention fades; checkpoints of before there was a choice name their default
+            then["mask"] = None
         changed = {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}
         if changed:
             raise ValueError(f"This run's settings differ from the checkpoint's (checkpoint, now): {changed}.")

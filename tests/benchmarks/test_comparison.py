@@ -76,13 +76,13 @@ def test_a_base_model_measures_strategies_choices_and_random_sets(model, items):
     assert runs[3]["top1_skip"] == masked_top1(model, items, [[4, 5]])[0]
     assert runs[3]["transfer_entropy"] == pytest.approx(base.select("last", 2).transfer_entropy)
     choices = base.compare_choices([1, 2])
-    by_default = {"output": "class_head", "mask": "skip", "compare": "magnitude"}
+    by_default = {"output": "class_head", "mask": "identity", "compare": "magnitude"}
     same = [run for run in choices if by_default.items() <= run.items()]
     assert [run["layers"] for run in same] == [run["layers"] for run in runs if run["strategy"] == "nose"]
     assert same[1]["transfer_entropy"] == pytest.approx(runs[2]["transfer_entropy"])
     measured = base.measure_random_sets(2, 10)
     assert len(measured["correlations"]) == len(OPEN_CHOICES) == 12
-    values = [abs(value) for value in measured["transfer_entropy"]["class_head, skip"]]
+    values = [abs(value) for value in measured["transfer_entropy"]["class_head, identity"]]
     expected = spearmanr(values, measured["top1_loss"]["skip"]).statistic
     assert measured["correlations"][0]["with_loss_skip"] == pytest.approx(expected)
 

@@ -37,7 +37,7 @@ def test_without_arguments_the_defaults_hold():
 def test_a_recipe_replaces_defaults_and_the_command_line_replaces_the_recipe(recipe):
     path = recipe("calibration_size: 64\nstrategy: first\n")
     arguments = removal(path, "--strategy", "last")
-    assert (arguments.calibration_size, arguments.strategy, arguments.mask) == (64, "last", "skip")
+    assert (arguments.calibration_size, arguments.strategy, arguments.mask) == (64, "last", None)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml"])
