@@ -3,6 +3,7 @@
     python -m benchmarks.compare_selections trainer_scripts/recipes/digits.yaml --num_train_epochs 8
     python -m benchmarks.compare_selections trainer_scripts/recipes/digits.yaml --seeds 0 1 --num_removed 3 6 \
         --strategies nose last --random_sets 0 --output_dir outputs/quick
+    python -m benchmarks.compare_selections results/digits_comparison.json  # prints the tables again
     python -m benchmarks.compare_selections trainer_scripts/recipes/fashion_mnist.yaml --dataset_dir DIR \
         --base_models BASE0 BASE1 BASE2 --num_train_images 10000 --num_removed 3 6 \
         --strategies nose cosine first last random --output_dir outputs/fashion_mnist_comparison
@@ -43,7 +44,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", help="a YAML file; or figures of an earlier comparison (JSON), to be printed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--num_removed", type=int, nargs="+", default=[3, 4, 5, 6])
@@ -64,6 +65,9 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
 
 def main(argv: list[str] | None = None) -> None:
     options, overrides = read_command_line(argv)
+    if options.recipe.endswith(".json"):
+        print_tables(_completed(json.loads(Path(options.recipe).read_text(encoding="utf-8"))))
+        return
 
     from benchmarks.comparison import Experiment
     from lambda_vit_hf.evaluation.throughput import describe_environment
@@ -107,16 +111,21 @@ def open_results(path: Path, settings: dict) -> dict:
     results = {"settings": settings, "trainings": {}, "runs": [], "choices": [], "random_sets": [], "controls": []}
     if not path.is_file():
         return results
-    results |= json.loads(path.read_text(encoding="utf-8"))
+    results |= _completed(json.loads(path.read_text(encoding="utf-8")))
+    if results["settings"] != settings:
+        changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
+                   if results["settings"].get(name) != value}  # fmt: skip
+        raise ValueError(f"{path} holds figures of other settings (then, now): {changed}. Give another --output_dir.")
+    return results
+
+
+def _completed(results: dict) -> dict:
+    """Figures of an earlier version, which knew fewer settings."""
     for name in ("base_models", "num_masked_images"):
         results["settings"].setdefault(name, None)
     results["settings"] = {"fades": ["identity"], "budgets": [None]} | results["settings"]
     for run in results["runs"]:  # of a version that knew no other fade, and masked by `skip`
         run.setdefault("fade_to", "identity")
-    if results["settings"] != settings:
-        changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
-                   if results["settings"].get(name) != value}  # fmt: skip
-        raise ValueError(f"{path} holds figures of other settings (then, now): {changed}. Give another --output_dir.")
     return results
 
 

@@ -115,3 +115,28 @@ def test_it_takes_base_models_and_fewer_images(tmp_path, capsys, digits_vit):
     assert results["runs"][0]["layers"] == [2]
     assert not (tmp_path / "runs" / "seed-7" / "base").exists(), "a base model was trained"
     assert results["settings"]["num_train_images"] == 400
+
+
+def test_figures_of_before_are_printed_again(capsys):
+    compare_selections.main([str(Path(__file__).parents[2] / "results" / "fashion_mnist_comparison.json")])
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| 6 |") and "| last |" in line)
+    assert "87.05 ± 0.32" in row and row in printed
+
+
+def test_attention_fades_to_each_thing_for_each_budget(tmp_path, digits_vit, capsys):
+    results = compare(
+        tmp_path, "--seeds", "7", "--strategies", "last", "--base_models", digits_vit, "--num_train_images", "300",
+        "--random_sets", "0", "--no_choices", "--fades", "identity", "skip", "--budgets", "0.5", "1",
+        "--num_masked_images", "50",
+    )  # fmt: skip
+    assert set(results["trainings"]) == {
+        f"seed 7, layers {what}, {epochs} epochs"
+        for what in ("none", "2", "2, faded to skip")
+        for epochs in ("0.5", "1")
+    }
+    for run in results["runs"]:
+        faded = "" if run["fade_to"] == "identity" else ", faded to skip"
+        assert run["top1_after_1_epochs"] == results["trainings"][f"seed 7, layers 2{faded}, 1 epochs"]["top1"]
+        assert round(run["top1_skip"] * 50) == pytest.approx(run["top1_skip"] * 50)
+    assert "after 0.5 epochs (%) | after 1 epochs (%)" in capsys.readouterr().out
