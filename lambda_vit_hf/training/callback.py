@@ -17,6 +17,7 @@ from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
 from .calibration_images import images_of_training
+from .checkpoints import damage_named
 from .dilution import DilutionConfig, DilutionSchedule, steps_per_epoch
 from .finishing import tell_how_to_finish
 from .guards import OneModelInAllProcesses, check_model_is_whole
@@ -227,11 +228,11 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             )
 
     def _checkpointed(self, state) -> dict:
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        run = saved.get("attributes", {}).get("checkpointed_run", {})
-        if not run.get("selection"):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if not saved:
             raise ValueError("The checkpoint was written without EntropyGuidedRemovalCallback; start anew from it.")
-        with warnings.catch_warnings():
+        with damage_named("trainer_state.json of the checkpoint"), warnings.catch_warnings():
+            run = saved["attributes"]["checkpointed_run"]
             warnings.simplefilter("ignore", FutureWarning)  # a checkpoint may have the old names
             return {**run, "settings": type(self)(**saved["args"]).removal.settings()}
 
