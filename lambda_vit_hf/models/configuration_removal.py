@@ -56,7 +56,9 @@ class RemovalConfigMixin:
     def __post_init__(self, **kwargs):
         if self.attention_flags is None:
             self.attention_flags = [True] * min(max(self.num_hidden_layers, 0), _LARGEST["num_hidden_layers"])
-        num_labels = kwargs.get("num_labels") or 0
+        if kwargs.get("num_labels", 0) is None:
+            del kwargs["num_labels"]
+        num_labels = kwargs.get("num_labels", 0)
         if not isinstance(num_labels, numbers.Integral) or num_labels > _MOST_LABELS:  # a name is made for each
             raise ValueError(f"`num_labels` must be an integer up to {_MOST_LABELS:,}, got {num_labels}.")
         if not isinstance(self.id2label, (dict, type(None))):
