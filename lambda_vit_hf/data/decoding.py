@@ -76,7 +76,7 @@ def open_image(item, max_pixels: int = MAX_PIXELS, name: str | None = None) -> P
         image = PIL.Image.open(_source(item), formats=FORMATS)
         try:
             check_size(image, max_pixels)
-        except PIL.Image.DecompressionBombError:
+        except (PIL.Image.DecompressionBombError, ValueError):
             image.close()
             raise
     except MemoryError:
@@ -133,7 +133,10 @@ def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:
     """
     Raises:
         PIL.Image.DecompressionBombError: if the image has more pixels.
+        ValueError: if it has none.
     """
+    if not image.width * image.height:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels")
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
         raise PIL.Image.DecompressionBombError(f"{size} pixels are more than the limit of {max_pixels:,}")

@@ -16,19 +16,25 @@ from .facts import ModelCardFacts
 
 def _plain(text: object) -> str:
     """One line of Markdown that shows a text as it is: names come from users, and from files of others."""
-    text = html.escape(" ".join(str(text).splitlines()), quote=False)
+    text = html.escape(_one_line(text), quote=False)
     return _MARKUP.sub(lambda found: f"\\{found[0]}", text)
 
 
 def _code(text: object) -> str:
     """The same as code, where nothing but a backtick has a meaning."""
-    return f"`{' '.join(str(text).splitlines()).replace('`', chr(39))}`"
+    return f"`{_one_line(text).replace('`', chr(39))}`"
+
+
+def _one_line(text: object) -> str:
+    """Without line breaks, and without characters that are no text: of terminals, of direction, halves of others."""
+    return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", " ".join(str(text).splitlines()))
 
 
 def _table(header: list[str], values: dict[str, object]) -> str:
     return values and markdown_table(header, [[_plain(name), _plain(value)] for name, value in values.items()])
 
 
+_NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # An underscore within a word is none; a bar is for the table to escape.
 _MARKUP = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)|^[#+-]")
 

@@ -21,17 +21,19 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\n]+)")
 def write_checksums(folder: str | Path) -> Path:
     """
     List the files at the top of a finished folder with their sha256, and return the list's path. It appears at once,
-    whole.
+    whole, and after what it lists was sent to the disk (on POSIX systems).
 
     Args:
         folder (`str` or `Path`): of a checkpoint, a finished model or an export.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in _LISTED_SUFFIXES and path.is_file())
-    lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names).items()]
+    lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names, to_disk=True).items()]
     temporary = folder / f".{MANIFEST}.{os.getpid()}"
     temporary.write_text("".join(lines), encoding="utf-8")
+    _to_disk(temporary)
     temporary.replace(folder / MANIFEST)
+    _to_disk(folder)
     return folder / MANIFEST
 
 
@@ -81,10 +83,23 @@ def check_checksums(folder: str | Path, is_complete: bool = True, names: Collect
         )
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+def _digests(folder: Path, names: list[str], to_disk: bool = False) -> dict[str, str]:
     # hashlib lets go of Python's lock: weights and optimizer are read side by side.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(_digest, [folder / name for name in names]), strict=True))
+        paths = [folder / name for name in names]
+        if to_disk:
+            list(pool.map(_to_disk, paths))
+        return dict(zip(names, pool.map(_digest, paths), strict=True))
+
+
+def _to_disk(path: Path) -> None:
+    if os.name != "posix":  # elsewhere files that are only read, and folders, cannot be synced
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

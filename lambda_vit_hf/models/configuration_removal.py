@@ -4,6 +4,7 @@ Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 24
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from transformers.backbone_utils import BackboneConfigMixin
@@ -14,6 +15,7 @@ FADES = ("identity", "skip")
 _ATTENTION_ARGUMENTS = ("attn_implementation", "_attn_implementation")
 # Far beyond every published vision transformer: a damaged file must not take minutes to be refused.
 _LARGEST = {"num_hidden_layers": 1_000, "hidden_size": 100_000, "intermediate_size": 1_000_000, "num_channels": 10_000}
+_MOST_LABELS = 1_000_000
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,13 @@ class RemovalConfigMixin:
     def __post_init__(self, **kwargs):
         if self.attention_flags is None:
             self.attention_flags = [True] * min(max(self.num_hidden_layers, 0), _LARGEST["num_hidden_layers"])
+        if kwargs.get("num_labels", 0) is None:
+            del kwargs["num_labels"]
+        num_labels = kwargs.get("num_labels", 0)
+        if not isinstance(num_labels, numbers.Integral) or num_labels > _MOST_LABELS:  # a name is made for each
+            raise ValueError(f"`num_labels` must be an integer up to {_MOST_LABELS:,}, got {num_labels}.")
+        if not isinstance(self.id2label, (dict, type(None))):
+            raise ValueError(f"`id2label` must map indices to class names, got {self.id2label!r}.")
         super().__post_init__(**kwargs)
 
     @property

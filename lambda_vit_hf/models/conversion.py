@@ -190,6 +190,7 @@ def _check_tensors(tensors: dict, path: Path) -> None:
         )
     for name, value in tensors.items():
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        dense = dense and not value.is_nested  # which says that it is strided
         if not (dense and value.is_floating_point() and value.numel() and value.float().isfinite().all()):
             raise ValueError(f"{name} in {path} must be a dense floating-point tensor, not empty, without NaN or inf.")
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():

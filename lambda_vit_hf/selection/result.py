@@ -116,7 +116,17 @@ class AttentionSelection:
 
     @classmethod
     def from_dict(cls, values: dict) -> "AttentionSelection":
-        """Inverse of [`~AttentionSelection.to_dict`]; reads what earlier versions wrote, too."""
+        """
+        Inverse of [`~AttentionSelection.to_dict`]; reads what earlier versions wrote, too.
+
+        Raises:
+            ValueError: if `layers` and `order` are not the same layers, or what was measured is not of them.
+            AttributeError, KeyError, TypeError: if a value is of another kind.
+        """
+        order = values["order"]
+        is_layers = all(type(layer) is int and layer >= 0 for layer in order) and len(set(order)) == len(order)
+        if not is_layers or sorted(order) != values.get("layers", sorted(order)):
+            raise ValueError(f"A selection's `layers` {values.get('layers')} and `order` {order} do not fit.")
         values = {name: value for name, value in values.items() if name != "layers"}
         options = {name: values.pop(name) for name in _OLD_FIELDS if name in values}
         if options:
@@ -125,7 +135,12 @@ class AttentionSelection:
             SelectionStep(**{**step, "transfer_entropy": {int(k): v for k, v in step["transfer_entropy"].items()}})
             for step in values.pop("steps")
         ]
-        return cls(**{**values, "config": _read_config(values["config"])}, steps=steps)
+        config = _read_config(values["config"])
+        is_measured = all(step.picked in step.transfer_entropy for step in steps)
+        is_measured = is_measured and isinstance(values.get("mlp_entropy", []), list)
+        if steps and not (is_measured and config is not None and config.output is not None):
+            raise ValueError("A selection has steps of a search, but not all that was measured in them.")
+        return cls(**{**values, "config": config}, steps=steps)
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 import os
 import typing
 import warnings
@@ -239,7 +240,11 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
     for name in _RENAMED.keys() & set(used):
         message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
         warnings.warn(message, FutureWarning, stacklevel=2)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for name, value in ((name, value) for one in parsed for name, value in vars(one).items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value}.")
+    return parsed
 
 
 def _check_values(recipe: str, values: dict, argument_types: Sequence[type]) -> None:
@@ -248,10 +253,20 @@ def _check_values(recipe: str, values: dict, argument_types: Sequence[type]) -> 
     takes = {name: str(hint) for kind in argument_types for name, hint in typing.get_type_hints(kind).items()}
     takes |= dict.fromkeys(_ALSO_SWITCHES, "bool | None")
     for name, value in values.items():
-        if (value is None and "None" not in takes[name]) or (isinstance(value, bool) and "bool" not in takes[name]):
-            got = {None: "no value", True: "true", False: "false"}[value]
+        hint, got = takes[name], None
+        if value is None and "None" not in hint:
+            got = "no value"
+        elif isinstance(value, bool) and "bool" not in hint:
+            got = str(value).lower()
+        elif isinstance(value, dict) and "dict" not in hint:
+            got = "a mapping"
+        elif isinstance(value, list) and "list" not in hint:
+            got = "a list"
+        elif isinstance(value, list) and not all(type(one) in (str, int, float) for one in value):
+            got = f"a list with {next(one for one in value if type(one) not in (str, int, float))}"
+        if got is not None:
             raise ValueError(
-                f"The recipe {recipe} gives {got} to {name}, which is {takes[name]}. Give a value, in quotes if it is"
+                f"The recipe {recipe} gives {got} to {name}, which is {hint}. Give a value, in quotes if it is"
                 " a word like no or on; or leave it out."
             )
 

@@ -12,14 +12,16 @@ from ..evaluation.plotting import plot_layer_entropies
 from ..hub.facts import facts_of_training, final_evaluation, last_evaluation, model_size
 from ..hub.model_card import write_model_card
 from ..hub.push import keep_back_private_files
-from ..models.checksums import write_checksums
 from ..models.loading import check_finished
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection
+from .background_checksums import BackgroundChecksums
 from .calibration_images import images_of_training
+from .checkpoints import damage_named
 from .dilution import DilutionConfig, DilutionSchedule, steps_per_epoch
 from .finishing import tell_how_to_finish
 from .guards import OneModelInAllProcesses, check_model_is_whole
+from .hub_token import keep_token_unwritten
 from .removal import AttentionRemoval
 
 
@@ -103,6 +105,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         self.removal = AttentionRemoval(**amount, selection=selection, dilution=dilution)
         self.calibration_dataset = calibration_dataset
         self.facts: dict = {}  # for the model card, besides what the Trainer's state tells
+        self.checksums = BackgroundChecksums()
         self.trainer_writes_card = False  # set by `LambdaViTTrainerMixin`
 
     @property
@@ -117,17 +120,20 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps of this callback (in `trainer_state.json`)."""
+        self.checksums.wait()  # the Trainer deletes old checkpoints next
         run = self.removal.state_dict()
         return {"args": run.pop("settings"), "attributes": {"checkpointed_run": run}}
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._check_alone(state)
+        keep_token_unwritten(args)
         if model is not None:
             self.removal.rehearse(model)
             check_model_is_whole(model, args, type(self).__name__)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, model=model)
+        keep_token_unwritten(args)
         self.facts = {}
         self._check_alone(state)
         removal = self.removal
@@ -174,7 +180,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         if state.is_world_process_zero and checkpoint.is_dir():
             if self.selection is not None and not self.removal.is_done(model):
                 tell_how_to_finish(checkpoint, self.removal, model)
-            write_checksums(checkpoint)
+            self.checksums.start(checkpoint)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if self.selection is None or logs is None:
@@ -188,6 +194,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.checksums.wait()
         super().on_train_end(args, state, control, model=model)
         if not self.removal.is_done(model):
             if not self.removal.is_diluting(model):
@@ -227,11 +234,11 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             )
 
     def _checkpointed(self, state) -> dict:
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        run = saved.get("attributes", {}).get("checkpointed_run", {})
-        if not run.get("selection"):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if not saved:
             raise ValueError("The checkpoint was written without EntropyGuidedRemovalCallback; start anew from it.")
-        with warnings.catch_warnings():
+        with damage_named("trainer_state.json of the checkpoint"), warnings.catch_warnings():
+            run = saved["attributes"]["checkpointed_run"]
             warnings.simplefilter("ignore", FutureWarning)  # a checkpoint may have the old names
             return {**run, "settings": type(self)(**saved["args"]).removal.settings()}
 

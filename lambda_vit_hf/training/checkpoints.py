@@ -8,6 +8,8 @@ import json
 import logging
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -39,12 +41,16 @@ def what_is_broken(checkpoint: str | Path, needed: tuple[str, ...] = ()) -> str 
     try:
         # Written last: a checkpoint without it was interrupted.
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        averages = "EmaCallback" in (state.get("stateful_callbacks") or {})
         json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError):
         return "trainer_state.json or config.json is cut short or damaged"
+    if not _is_state(state):
+        return "trainer_state.json or config.json is cut short or damaged"
+    averages = "EmaCallback" in (state.get("stateful_callbacks") or {})
+    if (checkpoint / EMA_FILE).is_file() and not averages:
+        return f"trainer_state.json is damaged: it knows nothing of {EMA_FILE}"
     needed = {*needed, *([EMA_FILE] if averages else [])}
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
@@ -98,6 +104,34 @@ def find_resumable_checkpoint(output_dir: str | Path, needed: tuple[str, ...] = 
             return checkpoint
         logger.warning("Passing over %s: %s.", checkpoint, problem)
     return None
+
+
+@contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """
+    For reading JSON that may be anything: whatever a damaged value leads to is one error that names the file.
+
+    Raises:
+        OSError: with `what` is damaged, and why.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise OSError(f"{what} is damaged ({type(error).__name__}: {error}). Take another checkpoint.") from error
+
+
+def _is_state(state) -> bool:
+    """Whether the Trainer, and its callbacks, can start to read it."""
+    if not isinstance(state, dict):
+        return False
+    history, callbacks = state.get("log_history"), state.get("stateful_callbacks")
+    return (
+        all(type(state.get(name, 0)) is int and state.get(name, 0) >= 0 for name in ("global_step", "max_steps"))
+        and isinstance(history or [], list)
+        and all(isinstance(entry, dict) for entry in history or [])
+        and isinstance(callbacks or {}, dict)
+        and all(isinstance(one, (dict, list)) for one in (callbacks or {}).values())
+    )
 
 
 def num_processes_of(checkpoint: str | Path) -> int:

@@ -1,6 +1,6 @@
 """From a checkpoint at lambda = 0 to the finished model: without the attention that is off, folded, with its card."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
@@ -14,7 +14,8 @@ from ..models.families import load_as_saved
 from ..models.finite import check_finite
 from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.select import AttentionSelection
-from .checkpoints import EMA_FILE
+from .checkpoints import EMA_FILE, damage_named
+from .dilution import DilutionConfig, DilutionSchedule
 from .removal import AttentionRemoval
 
 
@@ -51,34 +52,39 @@ def finish_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
         FileExistsError: if the output folder is not empty.
         FileNotFoundError: if the checkpoint is not there or has no `trainer_state.json`.
         ValueError: if it is of another training, or lambda is above 0.
-        OSError: if one of its files is damaged.
+        OSError: if one of its files is damaged, or they do not belong together.
         FloatingPointError: if the model has NaN or infinity in its weights, or in its answers.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not empty: the finished model needs a folder of its own.")
     check_checksums(checkpoint)
-    state, run, fold = _read_state(checkpoint)
-    selection, model = AttentionSelection.from_dict(run["selection"]), load_as_saved(checkpoint)
+    run = _read_run(checkpoint)
+    selection, model = run.selection, load_as_saved(checkpoint)
     lambdas = model.attention_lambdas
+    others = [value for layer, value in enumerate(lambdas) if layer not in selection.layers]
+    if len(others) + len(selection.layers) != len(lambdas) or any(value not in (None, 1.0) for value in others):
+        raise OSError(
+            f"{checkpoint} is damaged: trainer_state.json says that layers {selection.layers} lose their attention,"
+            f" but lambda in the weights is, by layer, {lambdas}. Take another checkpoint."
+        )
     diluting = {layer: lambdas[layer] for layer in selection.layers if lambdas[layer]}
     if diluting:
         raise ValueError(
             f"{checkpoint} is not at lambda = 0, but at {diluting}: resume its training, or take a later checkpoint."
         )
-    average_is_evaluated = _take_average(model, checkpoint, state)
+    _take_average(model, checkpoint, run)
     size_before = model_size(model)
     left = [layer for layer in selection.layers if lambdas[layer] is not None]
     model.remove_attention(left)
-    if fold and left:
+    if run.fold and left:
         model.fold_removed_attention()
     check_finite(model, f"The model of {checkpoint}")
     model.save_pretrained(output_dir)
     if (checkpoint / "preprocessor_config.json").is_file():
         AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output_dir)
     selection.save(output_dir / "selection.json")
-    metrics = final_evaluation(_Arguments, state) if average_is_evaluated else {}
-    write_model_card(output_dir, _facts(output_dir, model, selection, size_before, state, run, metrics))
+    write_model_card(output_dir, _facts(output_dir, model, size_before, run))
     write_checksums(output_dir)
     return output_dir
 
@@ -87,46 +93,62 @@ class _Arguments:
     load_best_model_at_end = False  # the checkpoint is the one that is asked for
 
 
-def _read_state(checkpoint: Path) -> tuple[transformers.TrainerState, dict, bool]:
-    """The Trainer's state, what the callback kept in it, and whether to fold."""
+@dataclass
+class _Run:
+    """What a checkpoint says of its training, in types that can be relied on."""
+
+    selection: AttentionSelection
+    fold: bool
+    training: dict[str, str]
+    metrics: dict[str, float]
+    is_averaged: bool
+
+
+def _read_run(checkpoint: Path) -> _Run:
     path = checkpoint / "trainer_state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is no whole checkpoint of a Trainer: there is no {path.name}.")
-    try:
+    with damage_named(str(path)):
         state = transformers.TrainerState.load_from_json(str(path))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise OSError(f"{path} is damaged ({error}). Take another checkpoint.") from error
-    saved = state.stateful_callbacks.get("EntropyGuidedRemovalCallback", {})
-    run = saved.get("attributes", {}).get("checkpointed_run", {})
-    if not run.get("selection"):
+        saved, average = (state.stateful_callbacks.get(f"{name}Callback") for name in ("EntropyGuidedRemoval", "Ema"))
+        run = saved["attributes"]["checkpointed_run"] if saved else {}
+        chosen = run.get("selection")
+    if not chosen:
         raise ValueError(f"{checkpoint} was written without EntropyGuidedRemovalCallback: nothing is to be removed.")
-    return state, run, saved["args"].get("dilution", saved["args"])["fold"]
+    with damage_named(str(path)):
+        schedule, options = DilutionSchedule(**run["dilution"]), saved["args"].get("dilution", saved["args"])
+        is_evaluated = average is None or average["args"]["use_for_evaluation"]
+        return _Run(
+            AttentionSelection.from_dict(chosen),
+            DilutionConfig(fold=options["fold"]).fold,
+            {
+                "epochs": f"{state.epoch or 0:.4g}",
+                "optimizer steps": f"{state.global_step} of {state.max_steps}",
+                "lambda schedule": f"{schedule.shape}, last {schedule.hold_share:.0%} of training at 0",
+            },
+            final_evaluation(_Arguments, state) if is_evaluated else {},
+            average is not None,
+        )
 
 
-def _take_average(model, checkpoint: Path, state) -> bool:
-    """Put the checkpoint's average into the model, if it keeps one. Returns whether metrics are of these weights."""
-    saved = state.stateful_callbacks.get("EmaCallback")
-    if saved is None:
-        return True
-    if not (checkpoint / EMA_FILE).is_file():
-        raise FileNotFoundError(f"{checkpoint / EMA_FILE} is missing: the average that training would have shipped.")
-    model.load_state_dict(load_file(checkpoint / EMA_FILE))
-    return saved["args"]["use_for_evaluation"]
+def _take_average(model, checkpoint: Path, run: _Run) -> None:
+    """Put the checkpoint's average into the model, if it keeps one."""
+    path = checkpoint / EMA_FILE
+    if path.is_file() != run.is_averaged:
+        is_there = "is there, but trainer_state.json knows nothing of it" if path.is_file() else "is missing"
+        raise FileNotFoundError(f"{path} {is_there}: the average that training would have shipped.")
+    if run.is_averaged:
+        model.load_state_dict(load_file(path))
 
 
-def _facts(output_dir, model, selection, size_before, state, run, metrics) -> ModelCardFacts:
-    schedule = run["dilution"]
+def _facts(output_dir, model, size_before, run: _Run) -> ModelCardFacts:
     return ModelCardFacts(
         name=output_dir.resolve().name,
         rows=comparison_rows({"before": size_before, "after": model_size(model)}),
-        selection=selection,
-        training={
-            "epochs": f"{state.epoch or 0:.4g}",
-            "optimizer steps": f"{state.global_step} of {state.max_steps}",
-            "lambda schedule": f"{schedule['shape']}, last {schedule['hold_share']:.0%} of training at 0",
-        },
-        evaluation={name.removeprefix("eval_"): f"{value:.4f}" for name, value in metrics.items()},
-        accuracy=metrics.get("eval_accuracy"),
+        selection=run.selection,
+        training=run.training,
+        evaluation={name.removeprefix("eval_"): f"{value:.4f}" for name, value in run.metrics.items()},
+        accuracy=run.metrics.get("eval_accuracy"),
         base_model=hub_base_model(model.config),
         fade_to=model.config.fade_to,
         folded=model.config.fold_removed,

@@ -151,7 +151,7 @@ def hold_output_folder(path: str | Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        pid, host = [*(path / LOCK).read_text(encoding="utf-8").splitlines(), "?", "?"][:2]
+        pid, host = _holder(path / LOCK)
         raise FileExistsError(
             f"Another run writes to {path}: process {pid} on host {host}. Wait for it, or take another --output_dir."
             f" If it is gone with its host, delete {path / LOCK}."
@@ -162,6 +162,15 @@ def hold_output_folder(path: str | Path) -> Iterator[None]:
         lock.release()
         if is_new and not any(path.iterdir()):
             path.rmdir()  # nothing came of it
+
+
+def _holder(lock: Path) -> list[str]:
+    """Process and host, `?` where the file does not say, or has just gone."""
+    try:
+        lines = lock.read_text(encoding="utf-8", errors="replace")[:300].splitlines()
+    except FileNotFoundError:
+        lines = []
+    return [*lines, "?", "?"][:2]
 
 
 def _check_no_file(path: Path) -> None:

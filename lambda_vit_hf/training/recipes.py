@@ -49,8 +49,8 @@ def read_recipe(path: Path) -> dict:
     try:
         with path.open(encoding="utf-8") as file:
             recipe = yaml.load(file, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {path} cannot be read as YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must map fields to values, got {type(recipe).__name__}.")
     return recipe
@@ -60,7 +60,8 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, of which the last of several equal keys would win without a word."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<`, which names no field
+        names = [self.construct_object(key, deep=True) for key in keys]
         twice = sorted({str(name) for name in names if names.count(name) > 1})
         if twice:
             place = f"{node.start_mark.name}, from line {node.start_mark.line + 1} on,"

@@ -18,6 +18,7 @@ from ..selection.checks import fit_to_model
 from ..selection.config import SelectionConfig
 from ..selection.select import AttentionSelection, select_attention_layers
 from .amount import RemovalAmount, rehearse_removal
+from .checkpoints import damage_named
 from .dilution import DilutionConfig, DilutionSchedule
 
 
@@ -228,6 +229,7 @@ class AttentionRemoval:
 
         Raises:
             ValueError: if settings or schedule differ from the checkpoint's, or it holds no selection.
+            OSError: if schedule or selection are damaged.
         """
         if not state.get("selection"):
             raise ValueError("The checkpoint was written before attention layers were chosen: start anew from it.")
@@ -237,11 +239,13 @@ class AttentionRemoval:
         changed = {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}
         if changed:
             raise ValueError(f"This run's settings differ from the checkpoint's (checkpoint, now): {changed}.")
-        schedule = DilutionSchedule(**state["dilution"])
+        with damage_named("trainer_state.json of the checkpoint"):
+            schedule = DilutionSchedule(**state["dilution"])
+            selection = AttentionSelection.from_dict(state["selection"])
         if self.schedule is not None:
             self._check_schedule(now=self.schedule, checkpoint=schedule)
         self.schedule, self._is_restored = schedule, True
-        self.selection = AttentionSelection.from_dict(state["selection"])
+        self.selection = selection
         self._lambda, self._is_removed = None, state.get("is_removed", False)
 
     def _check_schedule(self, now: DilutionSchedule, checkpoint: DilutionSchedule) -> None:

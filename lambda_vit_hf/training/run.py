@@ -139,6 +139,11 @@ def _run_alone(
 def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
     if training_args.dataloader_drop_last:
         raise ValueError("--dataloader_drop_last would leave out validation images too: the Trainer has one for both.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {getattr(training_args, name)}.")
+    if training_args.weight_decay < 0:
+        raise ValueError(f"`weight_decay` must not be negative, got {training_args.weight_decay}.")
     asked_for_more = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if asked_for_more and training_args.world_size == 1:
         raise ValueError(

@@ -1,8 +1,6 @@
 """What a Trainer of a LambdaViT does beyond transformers' own, where callbacks cannot reach."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +13,11 @@ from transformers.utils.hub import PushInProgress
 from ..hub.push import PUSHED_FILES, is_for_the_hub, upload_files
 from ..models.checksums import check_checksums, remove_checksums, write_checksums
 from ..models.finite import check_finite
+from .background_checksums import BackgroundChecksums
 from .callback import EntropyGuidedRemovalCallback
 from .checkpoints import RESUMED_FILES, find_resumable_checkpoint
 from .ema import EmaCallback
+from .hub_token import keep_token_unwritten
 
 
 class LambdaViTTrainerMixin:
@@ -57,7 +57,10 @@ class LambdaViTTrainerMixin:
         before = sum(1 for _ in self.model.parameters())
         if self.args.should_save:
             remove_checksums(self.args.output_dir)  # of a model that was finished here before
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._checksums().wait()
         is_smaller = sum(1 for _ in self.model.parameters()) < before
         if is_smaller and isinstance(self.model_wrapped, DistributedDataParallel):
             self.model_wrapped = self.model  # DDP would wait for gradients of parameters that are gone
@@ -75,6 +78,7 @@ class LambdaViTTrainerMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        self._checksums().wait()
         check_checksums(self.state.best_model_checkpoint)
         super()._load_best_model()
 
@@ -97,13 +101,14 @@ class LambdaViTTrainerMixin:
         self.accelerator.wait_for_everyone()  # the main process makes the checkpoint whole next
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._checksums().wait()
         super()._save_checkpoint(model, trial)
         if self.args.should_save and self._removal() is None:  # which has a note to write first
-            write_checksums(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
+            self._checksums().start(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with _without_token(self.args):
-            super()._save(output_dir, state_dict)
+        keep_token_unwritten(self.args)
+        super()._save(output_dir, state_dict)
 
     def create_model_card(
         self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None,
@@ -197,6 +202,10 @@ class LambdaViTTrainerMixin:
         )
         return HfApi().run_as_future(upload) if run_as_future else upload()
 
+    def _checksums(self) -> BackgroundChecksums:
+        removal = self._removal()
+        return vars(self).setdefault("_own_checksums", BackgroundChecksums()) if removal is None else removal.checksums
+
     def _removal(self) -> EntropyGuidedRemovalCallback | None:
         callbacks = self.callback_handler.callbacks
         return next((one for one in callbacks if isinstance(one, EntropyGuidedRemovalCallback)), None)
@@ -204,12 +213,3 @@ class LambdaViTTrainerMixin:
 
 class LambdaViTTrainer(LambdaViTTrainerMixin, Trainer):
     """transformers' [`Trainer`] with [`LambdaViTTrainerMixin`]."""
-
-
-@contextmanager
-def _without_token(args) -> Iterator[None]:
-    token, args.hub_token = args.hub_token, None
-    try:
-        yield
-    finally:
-        args.hub_token = token

@@ -327,3 +327,10 @@ def test_copies_share_the_count_and_the_owner_cleans_up():
     del unreadable
     assert not folder.exists()
     assert copied.count == 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "F", "P"])
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(mode, size):
+    with pytest.raises(UnreadableImageError, match=f"an image of {size[0]} x {size[1]} pixels"):
+        decode_image(PIL.Image.new(mode, size))

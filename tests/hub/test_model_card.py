@@ -427,3 +427,11 @@ def test_a_name_is_shown_as_it_is_and_not_as_html_or_markdown(facts, selection, 
     card = write_model_card(tmp_path, facts(**{"repo_id": "me/model", **changes})).read_text()
     shown = markdown.markdown(card.partition(BEGIN)[2], extensions=["tables", "fenced_code"])
     assert "<img src=x" not in shown and 'https://evil.example"' not in shown
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b[31m", "\u202e", "\u2066", "\x9b", "\ud800"])
+def test_characters_that_are_no_text_are_replaced(facts, tmp_path, character):
+    named = facts(name=f"a{character}b", evaluation={f"a{character}b": "1"})
+    card = write_model_card(tmp_path, named).read_bytes().decode()
+    assert character[0] not in card.partition(BEGIN)[2].partition("```")[0]
+    assert "# a\N{REPLACEMENT CHARACTER}" in card

@@ -1,5 +1,6 @@
 """`SHA256SUMS`: every change of a listed file is found by name, other files are nobody's business."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -79,3 +80,19 @@ def test_a_listed_file_that_is_gone_is_damage_where_the_folder_must_be_complete(
 def test_a_damaged_list_is_refused(folder, content):
     (folder / MANIFEST).write_bytes(content)
     assert find_damage(folder) == f"{MANIFEST} is damaged"
+
+
+def test_what_is_listed_is_on_the_disk_before_the_list_appears(folder, monkeypatch):
+    remove_checksums(folder)
+    synced = []
+
+    def sync(descriptor):
+        names = {path.stat().st_ino: path.name for path in [folder, *folder.iterdir()]}
+        synced.append(names[os.fstat(descriptor).st_ino])
+        assert (folder / MANIFEST).exists() == (synced[-1] == folder.name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_checksums(folder)
+    listed = [line.split()[1] for line in (folder / MANIFEST).read_text().splitlines()]
+    assert set(listed) == set(synced[:-2])
+    assert synced[-2].startswith(f".{MANIFEST}") and synced[-1] == folder.name

@@ -314,6 +314,7 @@ def test_timms_distilled_model_is_refused(save):
         ("norm.weight", lambda tensor: tensor[:0]),
         ("norm.weight", lambda tensor: (tensor / 0).to(torch.float8_e5m2)),
         ("head.weight", lambda tensor: tensor.to_sparse()),
+        ("head.weight", lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1]])),
         ("head.weight", lambda tensor: tensor.tolist()),
     ],
 )

@@ -100,3 +100,10 @@ def test_weights_that_are_there_twice_are_refused(model, tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="weights twice"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_labels", 10**9), ("num_labels", 2.5), ("id2label", [1, 2])])
+def test_labels_beyond_counting_are_refused_at_once(saved, field, value):
+    edit_config(saved, **{"id2label": None, "label2id": None, field: value})  # 10**9 names took 100 GB
+    with pytest.raises(ValueError, match=field):
+        load(saved)

@@ -38,6 +38,22 @@ def test_an_older_selection_by_no_strategy_of_ours_is_read(strategy, has_config)
     assert AttentionSelection.from_dict(json.loads(json.dumps(selection.to_dict()))) == selection
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": [1]}, {"order": []}, {"order": [0, 0]}, {"order": [True, 0]}, {"order": [-1, 0]},
+        {"order": [0.0, 2]}, {"config": None}, {"mlp_entropy": None},
+        {"steps": [{"selected": [], "transfer_entropy": {"1": 0.0}, "picked": 0}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_selection_that_contradicts_itself_is_refused(model, images, change):
+    saved = json.loads(json.dumps(select_attention_layers(model, images, num_removed_layers=2).to_dict()))
+    AttentionSelection.from_dict(saved)
+    with pytest.raises(ValueError):
+        AttentionSelection.from_dict({**saved, **change})
+
+
 def test_a_file_holds_the_options_once(model, images):
     saved = select_attention_layers(model, images, num_removed_layers=1).to_dict()
     assert saved["config"]["mask"] == "identity" and not {"mask", "strategy", "output", "compare"} & set(saved)

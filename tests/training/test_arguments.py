@@ -262,3 +262,34 @@ def test_what_a_field_cannot_be_is_one_line_that_names_it(recipe, text, message)
 def test_resuming_may_be_a_switch_in_a_recipe(recipe):
     path = recipe("resume_from_checkpoint: true\noutput_dir: x\nuse_cpu: true\n")
     assert str(parse_arguments([path], PROGRAM_ARGUMENTS)[-1].resume_from_checkpoint) == "True"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: [1, 2]", "gives a list to learning_rate"),
+        ("dataset_name: {a: b}", "gives a mapping to dataset_name"),
+        ("fold: [true]", "gives a list to fold"),
+        ("removed_layers: [1, [2]]", r"gives a list with \[2\] to removed_layers"),
+        ("class_names: [cat, null]", "gives a list with None to class_names"),
+        ("learning_rate: .nan", "`learning_rate` must be a finite number, got nan"),
+        ("num_train_epochs: .inf", "`num_train_epochs` must be a finite number"),
+        ("seed: 1\n---\nseed: 2", "cannot be read as YAML: expected a single document"),
+        ("x: " + "[" * 5000, "cannot be read as YAML"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_no_field_can_hold_is_one_line(recipe, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_arguments([recipe(f"{text}\noutput_dir: x\nuse_cpu: true\n")], PROGRAM_ARGUMENTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_on_the_command_line_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`weight_decay` must be a finite number"):
+        parse_arguments(["--output_dir", str(tmp_path), "--weight_decay", "nan"], [LambdaTrainingArguments])
+
+
+def test_a_mapping_may_be_merged_into_a_recipe(recipe):
+    arguments = removal(recipe("<<: {num_removed_layers: 3, strategy: last}\nstrategy: first\n"))
+    assert (arguments.num_removed_layers, arguments.strategy) == (3, "first")

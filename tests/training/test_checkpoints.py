@@ -225,3 +225,21 @@ def test_resume_true_takes_the_newest_whole_checkpoint(model, tmp_path, caplog):
         make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=True)
     with pytest.raises(OSError, match=r"model\.safetensors"):
         make_trainer(model, tmp_path, [], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None, [], "x", 1, {"global_step": None}, {"global_step": -1}, {"max_steps": 1.5}, {"log_history": {"a": 1}},
+        {"log_history": [1]}, {"stateful_callbacks": [1]}, {"stateful_callbacks": {"EmaCallback": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_of_other_kinds_is_noticed_without_checksums(checkpoint, state):
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert "trainer_state.json" in (what_is_broken(checkpoint) or "nothing")
+
+
+def test_an_average_that_the_state_knows_nothing_of_is_noticed(checkpoint):
+    save_file({"weight": torch.ones(8, 8)}, checkpoint / "ema.safetensors")
+    assert what_is_broken(checkpoint) == "trainer_state.json is damaged: it knows nothing of ema.safetensors"

@@ -122,3 +122,34 @@ def test_a_model_that_answers_in_no_numbers_is_not_finished(model, tmp_path, val
     with pytest.raises(FloatingPointError, match=message):
         finish_checkpoint(checkpoint, tmp_path / "finished")
     assert not (tmp_path / "finished").exists()
+
+
+def changed(values, path: str, value):
+    """JSON with another value at a dotted path."""
+    first, _, rest = path.partition(".")
+    return {**values, first: changed(values[first], rest, value) if rest else value}
+
+
+def test_a_damaged_state_is_refused_by_name_also_without_checksums(model, tmp_path):
+    train(model, tmp_path, [EmaCallback(0.9)])
+    checkpoint, output = tmp_path / "checkpoint-12", tmp_path / "finished"
+    remove_checksums(checkpoint)
+    state = checkpoint / "trainer_state.json"
+    whole = json.loads(state.read_text())
+    removal = "stateful_callbacks.EntropyGuidedRemovalCallback"
+    run = f"{removal}.attributes.checkpointed_run"
+    layer = model.config.removed_layers[0]
+    shorter = AttentionSelection([layer]).to_dict()
+    damages = [
+        ("epoch", [0]), ("log_history", 7), ("stateful_callbacks", "x"), (f"{removal}.args.dilution", []),
+        (f"{removal}.args.dilution.fold", None), (f"{removal}.attributes", None), (run, 1.5),
+        (f"{run}.dilution", {}), (f"{run}.dilution.hold_share", "x"), (f"{run}.selection.order", []),
+        (f"{run}.selection.order", [99, 0]), (f"{run}.selection.steps", 1), (f"{run}.selection.config", None),
+        (f"{run}.selection", shorter), ("stateful_callbacks.EmaCallback", None),
+        ("stateful_callbacks.EmaCallback", {}),
+    ]  # fmt: skip
+    for path, value in damages:
+        state.write_text(json.dumps(changed(whole, path, value)))
+        with pytest.raises(OSError, match=r"trainer_state\.json"):
+            finish_checkpoint(checkpoint, output)
+        assert not output.exists(), path

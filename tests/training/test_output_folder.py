@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lambda_vit_hf.training import output_folder
 from lambda_vit_hf.training.arguments import LambdaTrainingArguments
 from lambda_vit_hf.training.ema import EMA_FILE
 from lambda_vit_hf.training.output_folder import hold_output_folder, open_output_folder
@@ -212,4 +213,25 @@ def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file"), hold_output_folder(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"x" * 10**6])
+def test_a_lock_that_cannot_be_read_still_locks(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    with pytest.raises(FileExistsError, match="Another run writes to") as caught, hold_output_folder(tmp_path):
+        pass
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_lock_that_is_given_back_while_we_look_is_no_crash(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text("1\nelsewhere\n")
+    timeout = output_folder.Timeout
+
+    def gone(self):
+        (tmp_path / ".lock").unlink()
+        raise timeout("lock")
+
+    monkeypatch.setattr(output_folder.SoftFileLock, "acquire", gone)
+    with pytest.raises(FileExistsError, match=r"process \? on host \?"), hold_output_folder(tmp_path):
         pass

@@ -243,3 +243,16 @@ def test_an_optimizer_forgets_what_is_gone_and_starts_anew(model):
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(one) for one in held} == {id(one) for one in model.parameters()}
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"dilution": None}, {"dilution": {"total_steps": "x"}}, {"selection": 7}, {"selection": {"order": [0, 99, 0]}}],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_by_name(model, damage):
+    removal = AttentionRemoval(removed_layers=[1, 3])
+    removal.choose(model)
+    removal.plan(total_steps=12)
+    with pytest.raises(OSError, match=r"trainer_state\.json of the checkpoint is damaged"):
+        AttentionRemoval(removed_layers=[1, 3]).load_state_dict({**removal.state_dict(), **damage})
