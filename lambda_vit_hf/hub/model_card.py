@@ -14,6 +14,9 @@ from .card_sections import update_card
 from .facts import ModelCardFacts
 
 
+_FEATURES = "image-feature-extraction"  # the task of an encoder on the Hub
+
+
 def _plain(text: object) -> str:
     """One line of Markdown that shows a text as it is: names come from users, and from files of others."""
     text = html.escape(" ".join(str(text).splitlines()), quote=False)
@@ -59,7 +62,7 @@ def _introduction(facts: ModelCardFacts) -> str:
     folded = " and the identity was folded into the weights that follow" if facts.folded else ""
     return (
         f"A vision transformer without attention in {layers} of its layers. {chosen}They faded into the identity"
-        f" during fine-tuning, then their weights were removed{folded}. Method: {method}."
+        f" {facts.objective or 'during fine-tuning'}, then their weights were removed{folded}. Method: {method}."
     )
 
 
@@ -85,7 +88,7 @@ def card_metadata(facts: ModelCardFacts) -> ModelCardData:
         language=facts.language,
         license=facts.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if facts.is_classifier else None,
+        pipeline_tag="image-classification" if facts.is_classifier else _FEATURES if facts.objective else None,
         base_model=facts.base_model,
         base_model_relation="finetune" if facts.base_model else None,
         datasets=datasets,
