@@ -3,8 +3,9 @@
     python -m benchmarks.photograph_crops /usr/share/backgrounds outputs/crops
 
 The photographs (Debian's `mate-backgrounds` and `ukui-wallpapers` have three dozen) are shuffled and dealt out whole:
-no photograph has crops in both `train/` and `validation/`, not in another resolution either. A crop is a square of a random place and of a quarter to
-the whole of the shorter side, made smaller to `--size` pixels. The same seed writes the same files.
+no photograph has crops in both `train/` and `validation/`, not in another resolution either. A crop is a square at a
+random place, a quarter to the whole of the shorter side, resized to `--size` pixels. The same seed writes the same
+files.
 """
 
 import argparse
