@@ -92,7 +92,8 @@ def load_starting_model(
 def _say_head(class_names: list[str] | None, is_new: bool) -> str:
     if class_names is None:
         return "no classifier"
-    return f"{'a new classifier' if is_new else 'the classifier of the checkpoint'}, of {len(class_names)} classes"
+    whose = "a new" if is_new else "the checkpoint's"
+    return f"{whose} classifier of {len(class_names)} classes"
 
 
 def _check_it_stays(source: Path, folder: OutputFolder) -> None:
