@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .training.checkpoints import find_resumable_checkpoint
     from .training.dilution import DilutionConfig
     from .training.ema import EmaCallback
+    from .training.feature_distillation import FeatureDistillationTrainer
     from .training.finishing import finish_checkpoint
     from .training.guards import SaveOnSigterm, StopOnNonFiniteGradient
     from .training.removal import AttentionRemoval
@@ -63,6 +64,7 @@ _LAZY = {
     "DilutionConfig": "training.dilution",
     "EmaCallback": "training.ema",
     "EntropyGuidedRemovalCallback": "training.callback",
+    "FeatureDistillationTrainer": "training.feature_distillation",
     "LambdaViTTrainer": "training.trainer_mixin",
     "LambdaViTTrainerMixin": "training.trainer_mixin",
     "SaveOnSigterm": "training.guards",
@@ -83,6 +85,7 @@ __all__ = [
     "DilutionConfig",
     "EmaCallback",
     "EntropyGuidedRemovalCallback",
+    "FeatureDistillationTrainer",
     "LambdaCLIPVisionConfig",
     "LambdaCLIPVisionForImageClassification",
     "LambdaCLIPVisionModel",

@@ -15,8 +15,16 @@ import pyarrow.parquet
 import torch
 
 from .idx_files import load_idx
-from .labels import compare_classes, find_columns, names_of_classes, some, with_class_labels
-from .layout import SplitFiles, exact_split, read_layout
+from .labels import (
+    compare_classes,
+    find_columns,
+    find_image_column,
+    names_of_classes,
+    some,
+    with_class_labels,
+    with_one_class,
+)
+from .layout import ONE_CLASS, SplitFiles, exact_split, read_layout
 from .shards import as_stream, note_sizes, sizes_of_stream, whole
 
 
@@ -54,6 +62,7 @@ def load_image_dataset(
     validation_dir: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     needed: str = "train",
+    labelled: bool = True,
 ) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """
     Splits `train` and `validation`, each with an `Image` column `image` and a `ClassLabel` column `label`. What was
@@ -78,6 +87,9 @@ def load_image_dataset(
         class_names (`Sequence[str]`, *optional*): other names for the classes, in their order.
         needed (`str`, *optional*, defaults to `"train"`):
             With `"validation"`, a dataset without training images is accepted.
+        labelled (`bool`, *optional*, defaults to `True`):
+            With `False` no labels are needed, and those that are there are not read: `label` is 0 everywhere. A local
+            folder may then hold its images without class folders, or in folders of any depth.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if a folder does not exist.
@@ -96,7 +108,7 @@ def load_image_dataset(
     elif name:
         loaded, ignored = _load_from_hub(name, config_name, streaming)
     else:
-        files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir})
+        files, ignored = _read_layouts(directory, {"train": train_dir, "validation": validation_dir}, labelled)
         if len({os.path.realpath(part.files[0]) for part in files.values()}) < len(files):
             raise ValueError(f"{' and '.join(files)} are the same files: {next(iter(files.values())).origin}.")
         loaded = {split: _load_files(split, part, streaming) for split, part in files.items()}
@@ -107,24 +119,18 @@ def load_image_dataset(
         loaded["validation"] = loaded.pop("test")
         origin["validation"] = f"{origin['test']}, a test split, as there is no validation split"
     loaded = {split: loaded[split] for split in ("train", "validation") if split in loaded}
-    columns = find_columns(next(iter(loaded.values())), image_column, label_column)
-    classes = {}
-    for split, part in loaded.items():
-        find_columns(part, *columns, where=origin[split])
-        classes[split] = names_of_classes(part, columns[1], files[split].files if split in files else None)
-        loaded[split] = _two_columns(part, *columns)
-    compare_classes(classes)
-    found = next(iter(classes.values()))
-    names = list(class_names or found)
-    if len(names) != len(found) or len(set(names)) != len(names):
-        raise ValueError(f"`class_names` must be {len(found)} different names, for {some(found)}; got {names}.")
-    loaded = {split: with_class_labels(part, "label", found, names) for split, part in loaded.items()}
+    if labelled:
+        loaded, classes = _with_labels(loaded, files, origin, image_column, label_column, class_names)
+    else:
+        image_column = find_image_column(next(iter(loaded.values())), image_column)
+        for split, part in loaded.items():
+            find_image_column(part, image_column, origin[split])
+            loaded[split] = with_one_class(_columns(part, {image_column: "image"}), ONE_CLASS)
+        classes = "labels are not read"
     if "validation" not in loaded:
         loaded = _with_validation(loaded, seed)
         origin["validation"] = "a random fifth of train, as there is no validation split"
-    is_by_folder = files and all(part.kind == "class folders" for part in files.values())
-    labels = "the class folders" if is_by_folder else f"the column {columns[1]!r}"
-    _say(loaded, origin, names, f"{labels} ({some(found)})" if class_names else labels, ignored)
+    _say(loaded, origin, classes, ignored)
     if streaming and "train" in loaded and not _is_stream(loaded["train"]):
         loaded["train"] = as_stream(loaded["train"])
     return loaded
@@ -134,13 +140,35 @@ def _is_stream(part) -> bool:
     return isinstance(part, datasets.IterableDataset)
 
 
-def _read_layouts(directory, one_each: Mapping) -> tuple[dict[str, SplitFiles], list[str]]:
+def _with_labels(
+    loaded: Mapping, files: Mapping[str, SplitFiles], origin: Mapping, image_column, label_column, class_names
+) -> tuple[dict, str]:
+    """The splits with the columns `image` and `label`, and what there is to say of their classes."""
+    columns = find_columns(next(iter(loaded.values())), image_column, label_column)
+    classes, parts = {}, {}
+    for split, part in loaded.items():
+        find_columns(part, *columns, where=origin[split])
+        classes[split] = names_of_classes(part, columns[1], files[split].files if split in files else None)
+        parts[split] = _columns(part, dict(zip(columns, ("image", "label"), strict=True)))
+    compare_classes(classes)
+    found = next(iter(classes.values()))
+    names = list(class_names or found)
+    if len(names) != len(found) or len(set(names)) != len(names):
+        raise ValueError(f"`class_names` must be {len(found)} different names, for {some(found)}; got {names}.")
+    is_by_folder = files and all(part.kind == "class folders" for part in files.values())
+    labels = "the class folders" if is_by_folder else f"the column {columns[1]!r}"
+    labels = f"{labels} ({some(found)})" if class_names else labels
+    what = f"{len(names)} classes, in this order: {some(names, 10)}; labels from {labels}"
+    return {split: with_class_labels(part, "label", found, names) for split, part in parts.items()}, what
+
+
+def _read_layouts(directory, one_each: Mapping, labelled: bool) -> tuple[dict[str, SplitFiles], list[str]]:
     if directory:
-        return read_layout(directory)
+        return read_layout(directory, labelled=labelled)
     files, ignored = {}, []
     for split, folder in one_each.items():
         if folder:
-            found, more = read_layout(folder, find_splits=False)
+            found, more = read_layout(folder, find_splits=False, labelled=labelled)
             files[split] = found["train"]
             ignored += more
     return files, ignored
@@ -225,13 +253,14 @@ def _check_split_folders(name: str, data_files: Mapping[str, Sequence[str]]) -> 
                 )
 
 
-def _two_columns(part, image_column: str, label_column: str):
+def _columns(part, new_names: dict[str, str]):
+    """These columns only, by other names; the one that becomes `image` comes first."""
+    image_column = next(iter(new_names))
     # A stream stays undecoded: `datasets` would decode every image to rename a column.
     wanted = datasets.Image(decode=not _is_stream(part))
     if part.features[image_column] != wanted:
         part = part.cast_column(image_column, wanted)
-    part = part.select_columns([image_column, label_column])
-    new_names = {image_column: "image", label_column: "label"}
+    part = part.select_columns(list(new_names))
     new_names = {old: new for old, new in new_names.items() if old != new}
     return part.rename_columns(new_names) if new_names else part
 
@@ -251,12 +280,12 @@ def _with_validation(loaded: Mapping, seed: int) -> dict:
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def _say(loaded: Mapping, origin: Mapping, names: list[str], labels: str, ignored: list[str]) -> None:
+def _say(loaded: Mapping, origin: Mapping, classes: str, ignored: list[str]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     for split, part in loaded.items():
         size = sizes_of_stream(part)[0] if _is_stream(part) else len(part)
         logger.info("%s: %s images (%s)", split, f"{size:,}" if size else "an unknown number of", origin[split])
-    logger.info("%d classes, in this order: %s; labels from %s", len(names), some(names, 10), labels)
+    logger.info(classes)
     if ignored:
         logger.info("Ignored: %s", some(ignored))

@@ -27,23 +27,30 @@ def find_columns(
     Raises:
         ValueError: if a given column is missing or of another type, or if the choice is not clear.
     """
-    features = dataset.features
+    image = find_image_column(dataset, image_column, where)
+    return image, _find_column(dataset.features, "label", label_column, where)
+
+
+def find_image_column(dataset: datasets.Dataset, image_column: str | None = None, where: str = "the dataset") -> str:
+    """The name of the image column alone, as [`find_columns`] finds it, which raises the same."""
+    return _find_column(dataset.features, "image", image_column, where)
+
+
+def _find_column(features: datasets.Features, kind: str, given: str | None, where: str) -> str:
     images = [name for name, feature in features.items() if _is_image(feature)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in ("label", "labels") if name in features]
-    found = []
-    for kind, candidates, given in (("image", images, image_column), ("label", labels, label_column)):
-        if given is not None:
-            candidates = [given] if given in features and (kind == "label" or given in images) else []
-        if len(candidates) != 1:
-            columns = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()
-                       } | dict.fromkeys(images, "Image") | dict.fromkeys(labels, "ClassLabel")  # fmt: skip
-            raise ValueError(
-                f"Expected one {kind} column{f' {given!r}' if given else ''} in {where}, found {candidates}"
-                f" among {columns}. `{kind}_column` names the one to use."
-            )
-        found.append(candidates[0])
-    return found[0], found[1]
+    candidates = images if kind == "image" else labels
+    if given is not None:
+        candidates = [given] if given in features and (kind == "label" or given in images) else []
+    if len(candidates) != 1:
+        columns = {name: getattr(feature, "dtype", type(feature).__name__) for name, feature in features.items()
+                   } | dict.fromkeys(images, "Image") | dict.fromkeys(labels, "ClassLabel")  # fmt: skip
+        raise ValueError(
+            f"Expected one {kind} column{f' {given!r}' if given else ''} in {where}, found {candidates}"
+            f" among {columns}. `{kind}_column` names the one to use."
+        )
+    return candidates[0]
 
 
 def _is_image(feature) -> bool:
@@ -103,6 +110,19 @@ def with_class_labels(dataset, column: str, found: Sequence[str], names: Sequenc
     labels = _encode({column: dataset[column]}, column, index)[column]
     # Not cast_column: it would write all images anew.
     return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+
+
+def with_one_class(dataset, name: str):
+    """The dataset or stream, which has no column `label`, with one where every image is of the same class."""
+    feature = datasets.ClassLabel(names=[name])
+    if isinstance(dataset, datasets.IterableDataset):
+        features = datasets.Features({**dataset.features, "label": feature})
+        return dataset.map(_first_class, batched=True, features=features)
+    return dataset.add_column("label", [0] * len(dataset), feature=feature)
+
+
+def _first_class(batch: dict) -> dict:
+    return {"label": [0] * len(batch["image"])}
 
 
 def _encode(batch: dict, column: str, index: dict[str, int] | None) -> dict:

@@ -18,6 +18,7 @@ IMAGE_SUFFIXES = {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind
 # In a class folder, what may hold images of the class that would be left out in silence.
 UNREAD_SUFFIXES = {*PIL.Image.EXTENSION, ".heic", ".heif", ".jxl", ".svg", ".npy", ".npz", ".parquet", ".arrow",
                    ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"} - IMAGE_SUFFIXES  # fmt: skip
+ONE_CLASS = "image"  # of images whose labels are not read
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 DEBRIS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
           "desktop.ini", "icon\r", *(name.lower() for name in FILES_TO_IGNORE)}  # fmt: skip
@@ -51,7 +52,9 @@ class SplitFiles:
         return self.path if self.kind == "class folders" else f"{self.files[0]}{more}"
 
 
-def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[str, SplitFiles], list[str]]:
+def read_layout(
+    directory: str | Path, find_splits: bool = True, labelled: bool = True
+) -> tuple[dict[str, SplitFiles], list[str]]:
     """
     The splits of a folder, by the names that `datasets` knows in upper or lower case, and what in it was ignored:
     hidden files and folders, what operating systems leave behind, and files in class folders that are no images.
@@ -59,6 +62,8 @@ def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[s
     Args:
         directory (`str` or `Path`): see docs/data.md for all that is accepted, ignored and refused.
         find_splits (`bool`, *optional*, defaults to `True`): else the folder is one split, `train`, whatever is in it.
+        labelled (`bool`, *optional*, defaults to `True`):
+            Else every image of a split, however deep in folders, is of the one class `ONE_CLASS`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
@@ -85,7 +90,10 @@ def read_layout(directory: str | Path, find_splits: bool = True) -> tuple[dict[s
         folders = _split_folders(root) if find_splits else {"train": root}
         if "validation" in folders and "test" in folders:  # which often has no labels
             ignored.append(folders.pop("test").path)
-        splits = {split: _read_split(folder, split, ignored) for split, folder in folders.items()}
+        if labelled:
+            splits = {split: _read_split(folder, split, ignored) for split, folder in folders.items()}
+        else:
+            splits = {split: _read_pictures(folder, ignored) for split, folder in folders.items()}
     if "validation" in splits and "test" in splits:
         ignored += splits.pop("test").files
     return splits, [os.path.relpath(path, directory) for path in ignored]
@@ -236,15 +244,7 @@ def _read_split(folder: _Folder, split: str, ignored: list[str]) -> SplitFiles:
                 f"{one.folders[0].path} is a folder in {one.path}, but classes are the first level of folders in"
                 f" {folder.path}. Move its images up; or, if {one.name} holds the classes or splits, pass that folder."
             )
-        images = [file for file in one.files if _suffix(file) in IMAGE_SUFFIXES]
-        others = [file for file in one.files if _suffix(file) not in IMAGE_SUFFIXES]
-        unread = next((file for file in others if _suffix(file) in UNREAD_SUFFIXES or _name(file) in METADATA), None)
-        if unread:
-            raise ValueError(
-                f"{unread} would be left out: images are read from {', '.join(sorted(FORMATS))} files. Convert, unpack"
-                " or move it away."
-            )
-        ignored += others
+        images = _images_among(one.files, ignored)
         empty += [] if images else [one.path]
         files += images
         labels += [one.name] * len(images)
@@ -253,3 +253,26 @@ def _read_split(folder: _Folder, split: str, ignored: list[str]) -> SplitFiles:
             f"{empty[0]} holds no image, but is a class by its place in {folder.path}. Put images there or remove it."
         )
     return SplitFiles("class folders", folder.path, files, labels, [one.name for one in folder.folders])
+
+
+def _read_pictures(folder: _Folder, ignored: list[str]) -> SplitFiles:
+    """Every image in a folder and the folders in it, without regard to classes."""
+    labels = [file for file in folder.all_files() if _name(file) in METADATA]
+    ignored += labels
+    images = _images_among([file for file in folder.all_files() if file not in labels], ignored)
+    if not images:
+        raise ValueError(f"{folder.path} holds no image: they are read from {', '.join(sorted(FORMATS))} files.")
+    return SplitFiles("class folders", folder.path, images, [ONE_CLASS] * len(images), [ONE_CLASS])
+
+
+def _images_among(files: list[str], ignored: list[str]) -> list[str]:
+    images = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
+    others = [file for file in files if _suffix(file) not in IMAGE_SUFFIXES]
+    unread = next((file for file in others if _suffix(file) in UNREAD_SUFFIXES or _name(file) in METADATA), None)
+    if unread:
+        raise ValueError(
+            f"{unread} would be left out: images are read from {', '.join(sorted(FORMATS))} files. Convert, unpack"
+            " or move it away."
+        )
+    ignored += others
+    return images

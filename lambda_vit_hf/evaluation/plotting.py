@@ -114,31 +114,36 @@ def _heat_map(figure, axes, values: list[list[float]], label: str) -> None:
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=color)
 
 
-def plot_training(log_history: list[dict], path: str | Path, base_accuracy: float | None = None) -> None:
+def plot_training(
+    log_history: list[dict], path: str | Path, base_accuracy: float | None = None, score: str = "accuracy"
+) -> None:
     """
-    Lambda and validation accuracy (%) over training steps, from a Trainer's `state.log_history`. PNG.
+    Lambda and validation accuracy (%), or another score, over training steps, from a Trainer's `state.log_history`.
+    PNG.
 
     Args:
         log_history (`list[dict]`): the Trainer's.
         path (`str` or `Path`): the picture.
-        base_accuracy (`float`, *optional*): accuracy of the unpruned model, in [0, 1]; drawn as a line.
+        base_accuracy (`float`, *optional*): of the unpruned model, in [0, 1], or its other score; drawn as a line.
+        score (`str`, *optional*, defaults to `"accuracy"`): a metric of the Trainer's evaluations.
     """
     lambdas = sorted({entry["step"]: entry["lambda"] for entry in log_history if "lambda" in entry}.items())
-    accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in log_history if "eval_accuracy" in e]
+    name, unit, factor = ("top-1", " (%)", 100) if score == "accuracy" else (score.replace("_", " "), "", 1)
+    scores = [(e["step"], factor * e[f"eval_{score}"]) for e in log_history if f"eval_{score}" in e]
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
     if lambdas:
         left.plot(*zip(*lambdas, strict=True), color=REMOVED, label="lambda")
     left.set(xlabel="optimizer step", ylabel="lambda (1: attention, 0: identity)", ylim=(-0.03, 1.05))
     right = left.twinx()
-    if accuracies:
-        right.plot(*zip(*accuracies, strict=True), "o-", color=ATTENTION, label="top-1")
+    if scores:
+        right.plot(*zip(*scores, strict=True), "o-", color=ATTENTION, label=name)
     if base_accuracy is not None:
-        right.axhline(100 * base_accuracy, color="gray", ls=":", label="top-1 before")
-    right.set_ylabel("validation top-1 (%)")
+        right.axhline(factor * base_accuracy, color="gray", ls=":", label=f"{name} before")
+    right.set_ylabel(f"validation {name}{unit}")
     handles = [handle for axis in (left, right) for handle in axis.get_legend_handles_labels()[0]]
     left.legend(handles=handles, loc="lower center")
-    left.set_title("Attention fades out; accuracy follows")
+    left.set_title(f"Attention fades out; {'accuracy' if score == 'accuracy' else name} follows")
     figure.savefig(path, dpi=120)
 
 

@@ -16,6 +16,8 @@ from ..selection.select import AttentionSelection
 _NO_METRIC = re.compile("eval_(runtime|.*_per_second|model_preparation_time)$")
 _ROWS = {
     "top-1": ("top1", lambda value: f"{100 * value:.2f} %"),
+    "image features, cosine": ("image_cosine", lambda value: f"{value:.4f}"),
+    "patch features, cosine": ("patch_cosine", lambda value: f"{value:.4f}"),
     "parameters": ("parameters", lambda value: f"{value:,}"),
     "MACs per image": ("macs", lambda value: f"{value / 1e6:,.2f} M"),
     "file size": ("file_bytes", lambda value: f"{value / 1e6:.3f} MB"),
@@ -47,6 +49,7 @@ class ModelCardFacts:
         is_classifier: whether it is for `pipeline("image-classification")`.
         tags: more of them.
         progress: how far training is, where the model is not finished.
+        objective: what was trained for while attention faded, if not for classes: "while ...".
     """
 
     name: str
@@ -68,6 +71,7 @@ class ModelCardFacts:
     is_classifier: bool = True
     tags: list[str] = field(default_factory=list)
     progress: str | None = None
+    objective: str | None = None
 
 
 def facts_of_training(

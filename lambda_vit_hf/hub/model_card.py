@@ -14,6 +14,9 @@ from .card_sections import update_card
 from .facts import ModelCardFacts
 
 
+_FEATURES = "image-feature-extraction"  # the task of an encoder on the Hub
+
+
 def _plain(text: object) -> str:
     """One line of Markdown that shows a text as it is: names come from users, and from files of others."""
     text = html.escape(_one_line(text), quote=False)
@@ -65,8 +68,8 @@ def _introduction(facts: ModelCardFacts) -> str:
     fade = "into the identity" if facts.fade_to == "identity" else "out"
     folded = " and the identity was folded into the weights that follow" if facts.folded else ""
     return (
-        f"A vision transformer without attention in {layers} of its layers. {chosen}They faded {fade} during"
-        f" fine-tuning, then their weights were removed{folded}. Method: {method}."
+        f"A vision transformer without attention in {layers} of its layers. {chosen}They faded {fade}"
+        f" {facts.objective or 'during fine-tuning'}, then their weights were removed{folded}. Method: {method}."
     )
 
 
@@ -92,7 +95,7 @@ def card_metadata(facts: ModelCardFacts) -> ModelCardData:
         language=facts.language,
         license=facts.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if facts.is_classifier else None,
+        pipeline_tag="image-classification" if facts.is_classifier else _FEATURES if facts.objective else None,
         base_model=facts.base_model,
         base_model_relation="finetune" if facts.base_model else None,
         datasets=datasets,

@@ -1,4 +1,4 @@
-"""Reading timm, DeiT and the Lambda-ViT authors' checkpoints into LambdaViT, exactly and without running their code.
+"""Reading timm's, DeiT's and the Lambda-ViT authors' checkpoints, exactly and without running their code.
 
 These files hold a table of tensors under timm's names. Nothing in them says how many attention heads there are and, in
 the authors' files, nothing but the file's name says which attention layers are removed.
@@ -6,17 +6,17 @@ Sources: timm `VisionTransformer`; what the files of facebookresearch/deit and s
 """
 
 import logging
-import re
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .configuration_lambda_vit import LambdaViTConfig
+from .families import family_class
 from .folding import check_layer_indices
 from .image_size import patch_grid, resize_position_embeddings, square_grid
-from .modeling_lambda_vit import LambdaViTForImageClassification
+from .pretrained_model import LambdaPreTrainedModel
+from .timm_layouts import LAYOUTS, TimmLayout
 from .weight_files import read_state_dict
 
 
@@ -31,19 +31,11 @@ _AUTHORS_FILES = {
 # guess would load without complaint and compute something else.
 _WIDEST_WITH_64_PER_HEAD = 1024
 
+# Of what is read before each tensor's shape is compared with the model's.
+_AXES = {"cls_token": 3, "pos_embed": 3, "reg_token": 3, "norm.weight": 1, "patch_embed.proj.weight": 4,
+         "head.bias": 1, "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.fc2.weight": 2}  # fmt: skip
 # Some weights may share memory; a few bytes that stand for terabytes do not.
 _MOST_SHARED = 10
-
-# timm's module, and the modules that share its rows.
-_BLOCK_MODULES = {
-    "norm1": ["layernorm_before"],
-    "attn.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
-    "attn.proj": ["attention.o_proj"],
-    "norm2": ["layernorm_after"],
-    "mlp.fc1": ["mlp.fc1"],
-    "mlp.fc2": ["mlp.fc2"],
-}
-_HEAD = ["head.weight", "head.bias"]
 
 
 def convert_checkpoint(
@@ -57,12 +49,15 @@ def convert_checkpoint(
     weights_key: str | None = None,
     stored_image_size: int | tuple[int, int] | None = None,
     layers_removed: list[int] | None = None,
-) -> LambdaViTForImageClassification:
+    family: str = "vit",
+    hidden_act: str | None = None,
+) -> LambdaPreTrainedModel:
     r"""
-    Build a LambdaViT from a timm, DeiT or Lambda-ViT checkpoint: the same logits up to rounding, in float32.
+    Build a LambdaViT from a timm, DeiT or Lambda-ViT checkpoint, or a model of another family from timm's: the same
+    outputs up to rounding, in float32.
 
-    The configuration is read off the tensors' shapes; `layer_norm_eps` is timm's 1e-6. Every tensor of the file is
-    used, and every weight of the model comes from the file. Nothing in a pickled file is run.
+    The configuration is read off the tensors' shapes; `layer_norm_eps` is timm's. Every tensor of the file is used,
+    and every weight of the model comes from the file. Nothing in a pickled file is run.
 
     Args:
         path (`str` or `Path`):
@@ -82,20 +77,27 @@ def convert_checkpoint(
             Class names, one per row of the head. Defaults to `LABEL_0`, `LABEL_1`, ...
         drop_head (`bool`, *optional*, defaults to `False`):
             Leave the class head out: logits are the class token's features, `(batch, hidden)`. Required for files
-            without a head.
+            without a head; and for those with one of families whose own head reads other features than timm's (all
+            but `"vit"` and `"deit"`).
         weights_key (`str`, *optional*):
             Which top key to read. Required for files with several, such as `model` and `model_ema`.
         stored_image_size (`int` or `tuple[int, int]`, *optional*):
             Height and width in pixels that the file's position embeddings are for. Defaults to a square. Required
             where they are not, or where `image_size` would make as many patches as the file has in another grid.
         layers_removed (`list[int]`, *optional*): the former name of `removed_layers`.
+        family (`str`, *optional*, defaults to `"vit"`):
+            Or `"deit"` (distilled: both heads), `"dinov2"`, `"dinov2_with_registers"`, `"dinov3_vit"`,
+            `"siglip_vision"`, `"clip_vision"`: encoders without head.
+        hidden_act (`str`, *optional*):
+            Of the MLPs. Required for SigLIP (`"gelu"` or `"gelu_pytorch_tanh"`) and CLIP (`"gelu"` or `"quick_gelu"`):
+            timm's models differ, and files do not say it.
 
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if the file is cut short or is not what its suffix says.
         ValueError: if a pickle asks for code; if an archive is compressed or its checksums do not fit; if a tensor is
             missing, unknown, of the wrong shape or not finite, or the tensors declare far more than the file has; if
-            the model is distilled (two class tokens); if an argument does not fit the file.
+            the model is distilled (two class tokens) and no `"deit"`; if an argument does not fit the file.
 
     Example:
 
@@ -106,82 +108,76 @@ def convert_checkpoint(
     if layers_removed is not None:
         warnings.warn("`layers_removed` is now called `removed_layers`.", FutureWarning, stacklevel=2)
         removed_layers = layers_removed
-    path = Path(path)
+    if family not in LAYOUTS:
+        raise ValueError(f"`family` must be one of {', '.join(LAYOUTS)}, got {family!r}.")
+    layout, path = LAYOUTS[family], Path(path)
     tensors = read_state_dict(path, weights_key)
     if drop_head:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in _HEAD}
-    names = _names_in_model(tensors, path, has_head=not drop_head)
-    _check_tensors(tensors, path)
+        heads = [f"{name}.{kind}" for name in (*layout.heads, "head") for kind in ("weight", "bias")]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    _check_tensors(tensors, layout, path)
+    tensors = layout.arranged(tensors)
+    names = _names_in_model(tensors, layout, path, has_head=not drop_head)
     hidden_size, num_channels, *patch_size = tensors["patch_embed.proj.weight"].shape
-    stored = _stored_grid(tensors["pos_embed"], patch_size, image_size, stored_image_size, path)
-    if image_size is None:
-        image_size = _smallest_form([side * patch for side, patch in zip(stored, patch_size, strict=True)])
-    grid = patch_grid(image_size, patch_size)
-    tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"].float(), grid, stored)
-    num_labels = 0 if drop_head else tensors["head.bias"].numel()
+    stored = _stored_grid(tensors, layout, patch_size, image_size, stored_image_size, path)
+    num_labels = tensors["head.bias"].numel() if layout.heads and not drop_head else 0
     if id2label is not None and set(id2label) != set(range(num_labels)):
         raise ValueError(f"`id2label` must map 0, 1, ... to {num_labels} class names ({path}): {str(id2label)[:99]}.")
     id2label = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
-    config = LambdaViTConfig(
+    of_head = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+    config = family_class(f"lambda_{family}", "Config")(
         hidden_size=hidden_size,
         num_hidden_layers=sum(name.endswith(".attn.qkv.weight") for name in tensors),
         num_attention_heads=_num_heads(hidden_size, num_attention_heads, path),
-        intermediate_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
-        image_size=image_size if isinstance(image_size, int) else list(image_size),
+        image_size=_smallest_form([side * patch for side, patch in zip(stored, patch_size, strict=True)]),
         patch_size=_smallest_form(patch_size),
         num_channels=num_channels,
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        layer_norm_eps=1e-6,
-        id2label=id2label,
-        label2id={label: index for index, label in id2label.items()},
+        hidden_act=_activation(hidden_act, layout, family, tensors),
+        **layout.config(tensors),
+        **(of_head if layout.heads else {}),
     )
-    removed_layers = _layers_in_name(path) if removed_layers is None else removed_layers
-    removed_layers = check_layer_indices(removed_layers, config.num_hidden_layers)
+    removed_layers = _layers_in_name(path) if removed_layers is None and family == "vit" else removed_layers
+    removed_layers = check_layer_indices(removed_layers or [], config.num_hidden_layers)
     # On the meta device nothing is drawn at random: a parameter that the file did not give would have no value at all.
     with torch.device("meta"):
-        model = LambdaViTForImageClassification(config)
+        model = family_class(f"lambda_{family}", layout.kind)(config)
     model.load_state_dict(_renamed(tensors, names, model, path), strict=True, assign=True)
+    _fill_buffers(model)
     if removed_layers:
         model.remove_attention(removed_layers)
         if fold:
             model.fold_removed_attention()
+    if image_size is not None:
+        model.set_image_size(image_size)
     return model.eval()
 
 
-def _names_in_model(tensors: dict, path: Path, has_head: bool) -> dict[str, list[str]]:
+def _names_in_model(tensors: dict, layout: TimmLayout, path: Path, has_head: bool) -> dict[str, list[str]]:
     """timm's names and the parameters their rows go to; raises where the file has other names, or fewer."""
-    if any(name == "dist_token" or name.startswith("head_dist.") for name in tensors):
+    if layout is LAYOUTS["vit"] and any(name == "dist_token" or name.startswith("head_dist.") for name in tensors):
         raise ValueError(
             f"{path} is a distilled DeiT, with a second class token and a second head (`dist_token`, `head_dist`)."
-            " LambdaViT has one of each. Use the checkpoint without distillation, e.g. deit_base_patch16_224."
+            ' LambdaViT has one of each. Pass `family="deit"`, or use the checkpoint without distillation, e.g.'
+            " deit_base_patch16_224."
         )
-    modules = {"patch_embed.proj": ["vit.embeddings.patch_embeddings.projection"], "norm": ["vit.layernorm"]}
-    if has_head:
-        modules["head"] = ["classifier"]
-    # Counted, not read off the highest number: a gap shows as missing tensors, never as a list without end.
-    num_blocks = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
-    for index in range(max(num_blocks, 1)):
-        for source, targets in _BLOCK_MODULES.items():
-            modules[f"blocks.{index}.{source}"] = [f"vit.layers.{index}.{target}" for target in targets]
-    names = {"cls_token": ["vit.embeddings.cls_token"], "pos_embed": ["vit.embeddings.position_embeddings"]}
-    for source, targets in modules.items():
-        for kind in ("weight", "bias"):
-            names[f"{source}.{kind}"] = [f"{target}.{kind}" for target in targets]
-    if not any(name.endswith(".attn.qkv.bias") for name in tensors):
-        names = {name: targets for name, targets in names.items() if not name.endswith(".attn.qkv.bias")}
+    names = layout.names(tensors)
+    if not has_head:
+        names = {name: targets for name, targets in names.items() if name.rpartition(".")[0] not in layout.heads}
     problems = {"missing": [name for name in names if name not in tensors]}
     problems["unknown"] = [name for name in tensors if name not in names]
     if any(problems.values()):
+        family = next(name for name, one in LAYOUTS.items() if one is layout)
         lines = [f"{len(keys)} {what}: {', '.join(keys[:8])}" for what, keys in problems.items() if keys]
         raise ValueError(
-            f"The tensors in {path} are not those of timm's plain ViT with a class token: {'; '.join(lines)}. Layer"
-            " scale, register tokens, average pooling and the like compute something else than LambdaViT. A file"
-            " without a class head needs `drop_head=True`; Hugging Face's names (`vit.`) go to `from_pretrained`."
+            f"The tensors in {path} are not those of timm's models of family {family!r}: {'; '.join(lines)}."
+            f" `family=` names the others ({', '.join(LAYOUTS)}). Average pooling, norms of query and key and the like"
+            " compute something else. A file without a class head, or with one that reads other features than the"
+            " family's, needs `drop_head=True`; Hugging Face's names (`vit.`) go to `from_pretrained`."
         )
     return names
 
 
-def _check_tensors(tensors: dict, path: Path) -> None:
+def _check_tensors(tensors: dict, layout: TimmLayout, path: Path) -> None:
     declared = sum(value.numel() * value.element_size() for value in tensors.values() if torch.is_tensor(value))
     if declared > _MOST_SHARED * path.stat().st_size:
         raise ValueError(
@@ -193,14 +189,19 @@ def _check_tensors(tensors: dict, path: Path) -> None:
         dense = dense and not value.is_nested  # which says that it is strided
         if not (dense and value.is_floating_point() and value.numel() and value.float().isfinite().all()):
             raise ValueError(f"{name} in {path} must be a dense floating-point tensor, not empty, without NaN or inf.")
-    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
-        if tensors[name].ndim != axes:
+    for name, axes in _AXES.items():
+        is_read = name in tensors and (name in layout.tensors or "." in name)
+        if is_read and tensors[name].ndim != axes:
             raise ValueError(f"{name} in {path} must have {axes} axes, got shape {tuple(tensors[name].shape)}.")
 
 
-def _stored_grid(positions, patch_size: list[int], image_size, stored_image_size, path: Path) -> tuple[int, int]:
+def _stored_grid(
+    tensors: dict, layout: TimmLayout, patch_size: list[int], image_size, stored_image_size, path: Path
+) -> tuple[int, int]:
     """Patches per column and per row that the file's position embeddings are for: said by the caller, or a square."""
-    num_patches = positions.shape[1] - 1
+    if layout.num_prefix_positions is None:  # of no grid in particular
+        return patch_grid(stored_image_size or image_size or [14 * side for side in patch_size], patch_size)
+    num_patches = tensors["pos_embed"].shape[-2] - layout.num_prefix_positions
     if stored_image_size is not None:
         return patch_grid(stored_image_size, patch_size)
     wanted = None if image_size is None else patch_grid(image_size, patch_size)
@@ -232,6 +233,15 @@ def _num_heads(width: int, wanted: int | None, path: Path) -> int:
     return wanted
 
 
+def _activation(wanted: str | None, layout: TimmLayout, family: str, tensors: dict) -> str:
+    if layout.hidden_act is None and wanted is None:
+        raise ValueError(
+            f"`hidden_act` is needed for {family!r}: timm's models differ, and the file does not say it. It is that of"
+            ' `timm.create_model(NAME).blocks[0].mlp.act`: "gelu", "gelu_pytorch_tanh" or "quick_gelu".'
+        )
+    return wanted or ("silu" if layout.is_gated(tensors) else layout.hidden_act)
+
+
 def _layers_in_name(path: Path) -> list[int]:
     layers = _AUTHORS_FILES.get(path.name, [])
     if layers:
@@ -244,6 +254,9 @@ def _renamed(tensors: dict, names: dict[str, list[str]], model: nn.Module, path:
     """The model's state dict in float32, each tensor with memory of its own; raises where a shape does not fit."""
     expected = model.state_dict()
     renamed = {name: torch.ones(()) for name in expected if name.endswith(".attention_lambda")}
+    # Of a training with masked patches, which no file of timm has.
+    masks = [name for name in expected if name.endswith("embeddings.mask_token")]
+    renamed |= {name: torch.zeros(expected[name].shape) for name in masks}
     for source, targets in names.items():
         rows, *rest = expected[targets[0]].shape
         shape = (rows * len(targets), *rest)
@@ -252,6 +265,18 @@ def _renamed(tensors: dict, names: dict[str, list[str]], model: nn.Module, path:
         for target, part in zip(targets, tensors[source].chunk(len(targets)), strict=True):
             renamed[target] = part.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return renamed
+
+
+def _fill_buffers(model: LambdaPreTrainedModel) -> None:
+    """Give values to what no file stores (frequencies of RoPE, indices of positions), as transformers does on load."""
+    for module in model.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if empty:
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = True  # so that only the buffers are set
+            model._init_weights(module)
 
 
 __all__ = ["convert_checkpoint", "resize_position_embeddings"]

@@ -58,6 +58,21 @@ class FeaturesMixin:
             return self.pool(tokens)
         return self.classify(self.head_input(tokens if self._head_reads_norm else hidden_states))
 
+    def image_and_patch_features(self, last_hidden_state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What users of an encoder without head take from it, both behind the last LayerNorm.
+
+        Args:
+            last_hidden_state (`torch.Tensor` of shape `(batch, tokens, hidden)`): the bare model's.
+
+        Returns:
+            One vector for each image, `(batch, hidden)`, see `pool`; those of its patches, `(batch, patches, hidden)`.
+        """
+        tokens = last_hidden_state
+        if not self._head_reads_norm:  # the stream as it leaves the last block, in the size of an unfolded model
+            tokens = self.base_model.get_submodule(self._final_norm)(tokens / self.stream_scales()[-1])
+        return self.pool(tokens), tokens[:, self.num_prefix_tokens :]
+
     def reads_class_token_only(self, output: str) -> bool:
         """Whether an output, as in `read_out`, depends on the other tokens through attention only."""
         if output == "class_head":

@@ -22,8 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """Which model to start from: a checkpoint, or a new ViT of the given shape, trained first."""
+    """Which model to start from: a checkpoint, or a new ViT of the given shape, trained first; and what for."""
 
+    task: str = field(
+        default="image_classification",
+        metadata={"help": "image_classification; or feature_distillation: an encoder, on images without labels."},
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or folder of any ViT checkpoint. Without it a new ViT is trained."}
     )

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import Trainer, pipeline
+from transformers import AutoModel, Trainer, pipeline
 
 from ..data.decoding import UnreadableImageError, decode_image
-from ..evaluation.accounting import count_macs, count_parameters, summarize
+from ..evaluation.accounting import summarize
 from ..evaluation.plotting import plot_layer_entropies, plot_training
 from ..evaluation.throughput import describe_environment, images_per_second
-from ..hub.facts import comparison_rows, hub_base_model
-from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from ..hub.facts import comparison_rows, hub_base_model, model_size
+from ..models.pretrained_model import LambdaPreTrainedModel
 from .callback import EntropyGuidedRemovalCallback
 
 
@@ -23,13 +23,14 @@ BATCH_SIZE = 64
 
 def write_report(
     trainer: Trainer,
-    base: LambdaViTForImageClassification,
+    base: LambdaPreTrainedModel,
     removal: EntropyGuidedRemovalCallback,
-    base_accuracy: float,
-    accuracy: float,
+    base_scores: dict[str, float],
+    scores: dict[str, float],
     dataset: str | None = None,
     base_model: str | None = None,
     unreadable: dict[str, int] | None = None,
+    objective: str | None = None,
 ) -> dict:
     """
     Write `metrics.json`, `selection.json`, the pictures and the model card into the Trainer's output folder, and print
@@ -37,18 +38,20 @@ def write_report(
 
     Args:
         trainer (`Trainer`): after training; its model is the removed one and is saved in its output folder.
-        base ([`LambdaViTForImageClassification`]): the model before removal.
+        base ([`LambdaPreTrainedModel`]): the model before removal.
         removal ([`EntropyGuidedRemovalCallback`]): knows the layers removed and why, and writes the card.
-        base_accuracy, accuracy (`float`): top-1 on the validation split before and after, in [0, 1].
+        base_scores, scores (`dict[str, float]`):
+            On the validation split, before and after: `top1`; or `image_cosine` and `patch_cosine`.
         dataset (`str`, *optional*): name or Hub id of the dataset, for the card.
         base_model (`str`, *optional*): checkpoint started from; the card names it if it came from the Hub.
         unreadable (`dict[str, int]`, *optional*): images of each split that could not be decoded.
+        objective (`str`, *optional*): for the card, see [`ModelCardFacts`].
 
     Returns:
         The contents of `metrics.json`.
     """
     model, selection, output_dir = trainer.model, removal.selection, Path(trainer.args.output_dir)
-    metrics = _measure(model, base.to(model.device), output_dir, base_accuracy, accuracy)
+    metrics = _measure(model, base.to(model.device), output_dir, base_scores, scores)
     metrics["layers"] = selection.layers
     metrics["unreadable_images"] = unreadable or {}
     if trainer.args.bf16 or trainer.args.fp16:
@@ -57,7 +60,8 @@ def write_report(
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     selection.save(output_dir / "selection.json")
     pictures = {"training": "training.png"}
-    plot_training(trainer.state.log_history, output_dir / "training.png", base_accuracy)
+    score = "accuracy" if "top1" in scores else next(iter(scores))
+    plot_training(trainer.state.log_history, output_dir / "training.png", next(iter(base_scores.values())), score)
     if selection.mlp_entropy:
         pictures["entropy"] = "entropy.png"
         plot_layer_entropies(selection, output_dir / "entropy.png")
@@ -70,7 +74,8 @@ def write_report(
         rows=rows,
         dataset=dataset,
         split="validation",
-        accuracy=accuracy,
+        accuracy=scores.get("top1"),
+        objective=objective,
         measured_on=f"{environment['hardware']}, {environment['dtype']}, batch {BATCH_SIZE}, {environment['date']}",
         base_model=base_model and hub_base_model(model.config),
         pictures=pictures,
@@ -83,7 +88,7 @@ def write_report(
     return metrics
 
 
-def _measure(model, base, output_dir: Path, base_accuracy: float, accuracy: float) -> dict:
+def _measure(model, base, output_dir: Path, base_scores: dict, scores: dict) -> dict:
     size = model.config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     pixel_values = torch.randn(BATCH_SIZE, model.config.num_channels, height, width, device=model.device)
@@ -92,18 +97,12 @@ def _measure(model, base, output_dir: Path, base_accuracy: float, accuracy: floa
         base.save_pretrained(folder)
         base_bytes = _weights_bytes(Path(folder))
 
-    def figures(one, top1, file_bytes, name):
-        return {
-            "top1": top1,
-            "parameters": count_parameters(one),
-            "macs": count_macs(one.config),
-            "file_bytes": file_bytes,
-            "images_per_second": speed[name],
-        }
+    def figures(one, scores, file_bytes, name):
+        return {**scores, **model_size(one), "file_bytes": file_bytes, "images_per_second": speed[name]}
 
     return {
-        "before": figures(base, base_accuracy, base_bytes, "before"),
-        "after": figures(model, accuracy, _weights_bytes(output_dir), "after"),
+        "before": figures(base, base_scores, base_bytes, "before"),
+        "after": figures(model, scores, _weights_bytes(output_dir), "after"),
         "environment": {**describe_environment(model.device), "dtype": str(model.dtype).removeprefix("torch.")},
     }
 
@@ -124,6 +123,12 @@ def classify_one(folder: Path, dataset) -> None:
     answer = pipeline("image-classification", model=str(folder))(image)[0]
     print(f'pipeline("image-classification", model="{folder}"): {answer["label"]} ({answer["score"]:.3f})')
     print(f"truth: {dataset.features['label'].names[label]}")
+
+
+def open_encoder(folder: Path, dataset=None) -> None:
+    """Print what `AutoModel` makes of the encoder in `folder`."""
+    width = AutoModel.from_pretrained(folder).config.hidden_size
+    print(f'AutoModel.from_pretrained("{folder}"): {width} features for an image, and for each of its patches')
 
 
 def _first_image(dataset):

@@ -9,7 +9,6 @@ from accelerate import PartialState
 from transformers import DefaultFlowCallback, set_seed
 
 from ..data.dataset import collate
-from ..evaluation.metrics import classification_metrics
 from ..models.checksums import write_checksums
 from .arguments import (
     AugmentationArguments,
@@ -21,13 +20,13 @@ from .arguments import (
 from .callback import EntropyGuidedRemovalCallback
 from .ema import EmaCallback
 from .guards import SaveOnSigterm, StopOnNonFiniteGradient
-from .losses import DistillationLoss
 from .optimization import scaled_learning_rate
 from .output_folder import OutputFolder, hold_output_folder, open_output_folder
 from .progress import ThroughputCallback
-from .reporting import classify_one, write_report
+from .reporting import write_report
 from .starting_model import load_starting_model
-from .trainer import ImageClassificationTrainer
+from .tasks import Task, find_task
+from .trainer import ImageTrainer
 from .training_images import TrainingImages, load_splits
 
 
@@ -55,12 +54,15 @@ def run_training(
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
     model_args, training_args = copy.copy(model_args), copy.copy(training_args)  # the caller keeps its own
+    task = find_task(model_args.task)
     _check_training_arguments(training_args)
+    task.check(model_args, data_args, augmentation_args, training_args)
     with hold_output_folder(training_args.output_dir):
-        return _run_alone(model_args, data_args, augmentation_args, removal_args, training_args)
+        return _run_alone(task, model_args, data_args, augmentation_args, removal_args, training_args)
 
 
 def _run_alone(
+    task: Task,
     model_args: ModelArguments,
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
@@ -71,8 +73,8 @@ def _run_alone(
     overwrite = training_args.overwrite_output_dir and not folder.is_resumed
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        splits = load_splits(data_args)
-    class_names = splits["train"].features["label"].names
+        splits = load_splits(data_args, task.is_labelled)
+    class_names = splits["train"].features["label"].names if task.is_labelled else None
     model, processor, is_new = load_starting_model(
         model_args, class_names, folder, overwrite, data_args.evaluation_crop
     )
@@ -90,27 +92,26 @@ def _run_alone(
         processing_class=processor,
         data_collator=collate,
         train_collator=images.collator,
-        compute_metrics=classification_metrics,
+        compute_metrics=task.compute_metrics,
         repeated_augmentation=augmentation_args.repeated_augmentation,
     )
     averages = [] if training_args.ema_decay is None else [EmaCallback(training_args.ema_decay)]
-    trainer = _trainer(model, training_args, [*averages, removal], **common)
+    trainer = _trainer(task, model, training_args, [*averages, removal], **common)
     _check_schedule(trainer, removal_args, is_new)
     _check_learning_rates(trainer, model_args.base_learning_rate if is_new else None)
     if overwrite:
         folder.clear()
     folder.bring_base()
     if is_new:
-        _train_base(model, model_args, training_args, folder, **common)
+        _train_base(task, model, model_args, training_args, folder, **common)
 
     base = copy.deepcopy(model)
-    base_accuracy = _evaluate_base(base, training_args, **common)
+    base_scores = task.scores_of_whole or _evaluate_base(task, base, training_args, **common)
     base.cpu()
-    if training_args.distillation != "none":
-        trainer.distillation = _distillation(base, training_args)
+    task.teach(trainer, base, training_args)
     set_seed(training_args.seed)  # as if there had been no base model to train: a resumed run may find it finished
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
-    accuracy = trainer.evaluate()["eval_accuracy"]
+    scores = _scores(task, trainer.evaluate(), "eval")
     # The Trainer may have put a restored callback in the place of ours.
     removal = next(one for one in trainer.callback_handler.callbacks if isinstance(one, EntropyGuidedRemovalCallback))
     push, training_args.push_to_hub = training_args.push_to_hub, False  # not before the card has the measured figures
@@ -121,14 +122,15 @@ def _run_alone(
             trainer,
             base,
             removal,
-            base_accuracy,
-            accuracy,
+            base_scores,
+            scores,
             data_args.dataset_name,
             model_args.model_name_or_path,
             unreadable,
+            task.objective,
         )
         write_checksums(folder.path)
-        classify_one(folder.path, splits["validation"])
+        task.show(folder.path, splits["validation"])
     PartialState().wait_for_everyone()
     training_args.push_to_hub = push
     if push:
@@ -154,8 +156,6 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
         raise ValueError(
             f"`learning_rate_granularity` must be step or epoch, got {training_args.learning_rate_granularity!r}."
         )
-    if training_args.distillation != "none":
-        _distillation(torch.nn.Identity(), training_args)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or training_args.fsdp:
         raise ValueError("This program copies the whole model before removal, which FSDP splits up: use DDP.")
     if training_args.save_only_model:
@@ -182,16 +182,7 @@ def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrain
         setattr(args, name, scaled)
 
 
-def _distillation(teacher: torch.nn.Module, training_args: LambdaTrainingArguments) -> DistillationLoss:
-    return DistillationLoss(
-        teacher,
-        alpha=training_args.distillation_alpha,
-        temperature=training_args.distillation_temperature,
-        kind=training_args.distillation,
-    )
-
-
-def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalArguments, is_new: bool) -> None:
+def _check_schedule(trainer: ImageTrainer, removal_args: RemovalArguments, is_new: bool) -> None:
     """Lambda must have room to fall, and an average to forget what was before: known before any training."""
     steps_per_epoch, total_steps = trainer.count_steps()
     by_epoch = [
@@ -216,7 +207,7 @@ def _check_schedule(trainer: ImageClassificationTrainer, removal_args: RemovalAr
         )
 
 
-def _check_learning_rates(trainer: ImageClassificationTrainer, base_learning_rate: float | None) -> None:
+def _check_learning_rates(trainer: ImageTrainer, base_learning_rate: float | None) -> None:
     """Peak, floor and warm-up must fit together, in the base model's training too: known before any training."""
     for rate in (trainer.args.learning_rate, base_learning_rate):
         if rate is not None and trainer.args.min_learning_rate is not None:
@@ -225,7 +216,7 @@ def _check_learning_rates(trainer: ImageClassificationTrainer, base_learning_rat
             trainer.lr_scheduler = None
 
 
-def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) -> ImageClassificationTrainer:
+def _trainer(task: Task, model, args: LambdaTrainingArguments, callbacks: list, **common) -> ImageTrainer:
     # One that ends the run comes first, and speed before the trackers that report it.
     callbacks = [
         SaveOnSigterm(),
@@ -233,7 +224,7 @@ def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) ->
         StopOnNonFiniteGradient(),
         ThroughputCallback(),
     ]
-    trainer = ImageClassificationTrainer(model=model, args=args, callbacks=callbacks, **common)
+    trainer = task.trainer_class(model=model, args=args, callbacks=callbacks, **common)
     # What decides about logging and evaluating stays in front of ours; trackers, which the Trainer adds, come after.
     present = trainer.callback_handler.callbacks
     flow = [callback for callback in present if isinstance(callback, DefaultFlowCallback)]
@@ -243,14 +234,19 @@ def _trainer(model, args: LambdaTrainingArguments, callbacks: list, **common) ->
 
 
 def _train_base(
-    model, model_args: ModelArguments, training_args: LambdaTrainingArguments, folder: OutputFolder, **common
+    task: Task,
+    model,
+    model_args: ModelArguments,
+    training_args: LambdaTrainingArguments,
+    folder: OutputFolder,
+    **common,
 ) -> None:
     args = copy.copy(training_args)
     args.output_dir = str(folder.base_training)
     args.num_train_epochs, args.learning_rate = model_args.base_num_train_epochs, model_args.base_learning_rate
     args.warmup_epochs = min(args.warmup_epochs, args.num_train_epochs)
     args.max_steps, args.load_best_model_at_end, args.push_to_hub = -1, False, False
-    trainer = _trainer(model, args, [], **common)
+    trainer = _trainer(task, model, args, [], **common)
     logger.info("Training the base model for %s epochs.", args.num_train_epochs)
     trainer.train(resume_from_checkpoint=str(folder.base_checkpoint) if folder.base_checkpoint else None)
     trainer.save_model()
@@ -258,8 +254,12 @@ def _train_base(
     folder.keep_base()
 
 
-def _evaluate_base(base, training_args: LambdaTrainingArguments, **common) -> float:
-    """Top-1 of a copy: accelerate would not wrap a model that was evaluated, and each process would train its own."""
+def _evaluate_base(task: Task, base, training_args: LambdaTrainingArguments, **common) -> dict[str, float]:
+    """Scores of a copy: accelerate would not wrap a model that was evaluated, and each process would train its own."""
     args = copy.copy(training_args)
     args.push_to_hub = False
-    return _trainer(base, args, [], **common).evaluate(metric_key_prefix="base")["base_accuracy"]
+    return _scores(task, _trainer(task, base, args, [], **common).evaluate(metric_key_prefix="base"), "base")
+
+
+def _scores(task: Task, evaluation: dict, prefix: str) -> dict[str, float]:
+    return {name: evaluation[f"{prefix}_{metric}"] for name, metric in task.scores.items()}

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from ..data.augmentation import output_size, with_evaluation_crop
 from ..models.configuration_lambda_vit import LambdaViTConfig
-from ..models.families import AutoLambdaModelForImageClassification
+from ..models.families import AutoLambdaModel, AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .arguments import ModelArguments
 from .output_folder import OutputFolder
@@ -29,7 +29,7 @@ _OPTIONAL = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_impleme
 
 def load_starting_model(
     model_args: ModelArguments,
-    class_names: list[str],
+    class_names: list[str] | None,
     folder: OutputFolder,
     overwrite: bool,
     evaluation_crop: float | None = None,
@@ -39,7 +39,7 @@ def load_starting_model(
 
     Args:
         model_args ([`ModelArguments`]): which.
-        class_names (`list[str]`): of the dataset; they go into the config.
+        class_names (`list[str]`, *optional*): of the dataset; they go into the config. `None`: an encoder is loaded.
         folder ([`OutputFolder`]): a base model that an interrupted run trained is taken up from here.
         overwrite (`bool`): whether checkpoints in that folder are about to be deleted.
         evaluation_crop (`float`, *optional*): see [`with_evaluation_crop`].
@@ -49,9 +49,10 @@ def load_starting_model(
         OSError: if the checkpoint has no image processor.
         FileNotFoundError: if the base model of the run to resume is gone.
     """
+    auto_class = AutoLambdaModel if class_names is None else AutoLambdaModelForImageClassification
     labels = {
-        "id2label": dict(enumerate(class_names)),
-        "label2id": {name: index for index, name in enumerate(class_names)},
+        "id2label": dict(enumerate(class_names or [])),
+        "label2id": {name: index for index, name in enumerate(class_names or [])},
     }
     given = {name: getattr(model_args, name) for name in _OPTIONAL if getattr(model_args, name) is not None}
     shape = {name: getattr(model_args, name) for name in _SHAPE if getattr(model_args, name) is not None}
@@ -69,21 +70,30 @@ def load_starting_model(
     else:
         if overwrite:
             _check_it_stays(Path(source), folder)
-        stored = AutoLambdaModelForImageClassification.class_for(source).config_class.from_pretrained(source)
+        stored = auto_class.class_for(source).config_class.from_pretrained(source)
         _check_shape(source, stored, shape)
         unknown = [name for name in given if name.startswith("drop_path") and not hasattr(stored, name)]
         if unknown:
             raise ValueError(f"{type(stored).__name__} has no {' and '.join(unknown)}: leave that out.")
-        model, is_new = _load(source, stored, model_args.ignore_mismatched_sizes, labels, given)
+        if class_names is None:
+            model, is_new = _load_encoder(source, given), False
+        else:
+            model, is_new = _load(source, stored, model_args.ignore_mismatched_sizes, labels, given)
         processor = _load_processor(source, model_args.image_size)
     processor = processor if evaluation_crop is None else with_evaluation_crop(processor, evaluation_crop)
     logger.info(
-        "Model: %s of %s; attention in %d of %d layers; images of %d x %d pixels; %s of %d classes.",
+        "Model: %s of %s; attention in %d of %d layers; images of %d x %d pixels; %s.",
         type(model).__name__, source or "random weights", len(model.config.kept_layers),
-        model.config.num_hidden_layers, *output_size(processor),
-        "a new classifier" if is_new else "the checkpoint's classifier", len(class_names),
+        model.config.num_hidden_layers, *output_size(processor), _say_head(class_names, is_new),
     )  # fmt: skip
     return model, processor, is_new
+
+
+def _say_head(class_names: list[str] | None, is_new: bool) -> str:
+    if class_names is None:
+        return "no classifier"
+    whose = "a new" if is_new else "the checkpoint's"
+    return f"{whose} classifier of {len(class_names)} classes"
 
 
 def _check_it_stays(source: Path, folder: OutputFolder) -> None:
@@ -101,6 +111,13 @@ def _check_shape(source: str, stored, shape: dict) -> None:
             f"{source} has a shape of its own, another one was given (checkpoint, given): {other}. Leave these out, or"
             " leave --model_name_or_path out to train a new model. Only --image_size can be changed."
         )
+
+
+def _load_encoder(source: str, given: dict):
+    model, info = AutoLambdaModel.from_pretrained(source, output_loading_info=True, **given)
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None  # it would be random, and nothing here trains it
+    return model
 
 
 def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, given: dict):

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, with what DeiT's recipe needs beyond it."""
+"""The Hugging Face Trainer for images: what DeiT's recipe needs beyond it, and classification of images."""
 
 import math
 from collections.abc import Callable
@@ -16,14 +16,13 @@ from .optimization import cosine_schedule, decay_parameter_names
 from .trainer_mixin import LambdaViTTrainer
 
 
-class ImageClassificationTrainer(LambdaViTTrainer):
+class ImageTrainer(LambdaViTTrainer):
     """
-    A [`Trainer`] for image classification: one class for each image.
+    A [`Trainer`] on images, whatever their loss.
 
     Differences from [`LambdaViTTrainer`]:
 
     - `train_collator` makes the training batches (mixup), `data_collator` those of evaluation.
-    - Soft labels, and images without a label (-100), in the loss; optionally distillation from a teacher.
     - No weight decay on biases, norms, class token and position embeddings, as in timm.
     - timm's cosine learning rate, with floor, where `args` are [`LambdaTrainingArguments`] with `min_learning_rate`.
     - Repeated augmentation; the epoch is told to the training images in every process.
@@ -35,9 +34,6 @@ class ImageClassificationTrainer(LambdaViTTrainer):
         train_collator (`Callable`, *optional*): defaults to `data_collator`.
         repeated_augmentation (`int`, *optional*, defaults to 1): how often an image is drawn.
         kwargs: everything [`Trainer`] takes.
-
-    Raises:
-        ValueError: if the model is one for several labels, or for regression.
     """
 
     def __init__(
@@ -48,7 +44,6 @@ class ImageClassificationTrainer(LambdaViTTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        _check_task(self.model)
         self.train_collator = train_collator or self.data_collator
         self.args.remove_unused_columns = False  # what only the collator needs would be taken out before it
         self.repeats = None
@@ -65,8 +60,6 @@ class ImageClassificationTrainer(LambdaViTTrainer):
             if hasattr(told, "set_epoch"):
                 self.add_callback(AugmentationEpoch(told))
         self.add_callback(OneModelInAllProcesses())
-        self.distillation: DistillationLoss | None = None
-        self.compute_loss_func = ClassificationLoss(self.args.label_smoothing_factor)
 
     def count_steps(self) -> tuple[int | None, int]:
         """
@@ -132,12 +125,35 @@ class ImageClassificationTrainer(LambdaViTTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        # The labels are taken out of the inputs below.
-        num_images = images_averaged_over(inputs["labels"], num_items_in_batch)
+    def images_of_loss(self, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor | float:
+        """What the loss of a batch, summed over its images, is divided by; see [`images_averaged_over`]."""
+        num_images = images_averaged_over(labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP takes the mean of the processes' gradients, DataParallel that of its GPUs' losses.
             num_images = num_images / (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+        return num_images
+
+
+class ImageClassificationTrainer(ImageTrainer):
+    """
+    An [`ImageTrainer`] for image classification: one class for each image.
+
+    Differences from [`ImageTrainer`]: soft labels, and images without a label (-100), in the loss; optionally
+    distillation from a teacher.
+
+    Raises:
+        ValueError: if the model is one for several labels, or for regression.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _check_task(self.model)
+        self.distillation: DistillationLoss | None = None
+        self.compute_loss_func = ClassificationLoss(self.args.label_smoothing_factor)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        # The labels are taken out of the inputs below.
+        num_images = self.images_of_loss(inputs["labels"], num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None:
             loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)

@@ -15,9 +15,12 @@ from ..data.streaming import StreamedImages, sample_of_stream
 from .arguments import AugmentationArguments, DataArguments, LambdaTrainingArguments
 
 
-def load_splits(data_args: DataArguments) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+def load_splits(
+    data_args: DataArguments, labelled: bool = True
+) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
     """
-    Splits `train` and `validation` with columns `image` and `label`, whose class names are set.
+    Splits `train` and `validation` with columns `image` and `label`, whose class names are set. Not `labelled`, all
+    images are of one class.
 
     Raises:
         FileNotFoundError, ValueError: on a dataset that cannot be used, or on a wrong number of `class_names`.
@@ -32,6 +35,7 @@ def load_splits(data_args: DataArguments) -> dict[str, datasets.Dataset | datase
         train_dir=data_args.train_dir,
         validation_dir=data_args.validation_dir,
         class_names=data_args.class_names,
+        labelled=labelled,
     )
 
 

@@ -260,7 +260,7 @@ from lambda_vit_hf.training.reporting import write_report
 before = copy.deepcopy(model)
 trainer.train()
 trainer.save_model()
-write_report(trainer, before, removal, 0.5, 0.25, "blobs")
+write_report(trainer, before, removal, {"top1": 0.5}, {"top1": 0.25}, "blobs")
 trainer.push_to_hub()
 """
     push_from_trainer(client, tmp_path / "reported", extra)
