@@ -189,6 +189,29 @@ def test_order_is_random_and_repeatable_and_another_in_each_epoch_and_seed(strea
         assert agreeing < 10, f"{agreeing} of {SIZE} images are in the same place"
 
 
+def test_readers_shuffle_their_pieces_in_different_orders(processor):
+    # Two pieces of 12 images, each within the buffer: with the same random numbers they would be in the same order.
+    stream = as_stream(gray_images(24), num_shards=2)
+    images = StreamedImages(stream, processor, buffer_size=12, num_images=24)
+    loader = images.loader(batch_size=12)
+    loader.dataset.num_readers = 2
+    orders = [torch.tensor(batch).argsort().tolist() for batch in labels_of(loader)]
+    assert [len(order) for order in orders] == [12, 12]
+    assert orders[0] != orders[1]
+
+
+def test_processes_draw_different_random_numbers_for_their_images(stream, processor):
+    draws = []
+    for process_index in range(2):
+        images = StreamedImages(
+            stream, processor, num_images=SIZE, process_index=process_index, num_processes=2, with_draws=True
+        )
+        loader = images.loader(batch_size=10, collate_fn=lambda items: [item["draw"] for item in items])
+        draws.append(set(flat(loader)))
+    assert len(draws[0]) == len(draws[1]) == 51
+    assert draws[0].isdisjoint(draws[1])
+
+
 def test_processes_exchange_images_from_epoch_to_epoch(stream, processor):
     images = StreamedImages(stream, processor, num_images=SIZE, num_processes=2)
     seen = []
