@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
         return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
 
     for item in items:
-        if place(item) < len(SLOW_FILES) or "processes" in item.name:
+        if place(item) < len(SLOW_FILES) or "in_two_processes" in item.function.__code__.co_names:
             item.add_marker(pytest.mark.slow)
     items.sort(key=place)
 
