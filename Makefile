@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
-TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+# A file at a time, in the order of tests/conftest.py: tests of one file share what was trained for them.
+TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo benchmark test test-fast style quality docs clean

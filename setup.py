@@ -27,7 +27,7 @@ TRAIN = [
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [*TRAIN, *EXPORT, "hypothesis>=6.100", "import-linter>=2.0", "ipykernel", "mypy>=1.15", "nbclient>=0.10",
-        "peft>=0.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "scipy>=1.11", "setuptools>=77",
+        "peft>=0.18", "pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "scipy>=1.11", "setuptools>=77",
         "tensorboard"]  # fmt: skip
 
 # Folders of a checkout that an installation has inside the package.

@@ -1,6 +1,7 @@
 """Shared by all tests: offline, deterministic, small models whose weights are far from their initial values."""
 
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -20,19 +21,26 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from lambda_vit_hf import LambdaViTForImageClassification
 
 
-# Whole trainings, exports, servers, and processes of their own: `make test-fast` leaves them out.
-SLOW_FILES = {
-    "test_bit_flips.py", "test_compare_selections.py", "test_distributed.py", "test_examples.py", "test_export.py",
-    "test_golden.py", "test_inference_speed.py", "test_kills.py", "test_loading_and_saving.py", "test_onnx.py",
-    "test_push.py", "test_recipes.py", "test_remote_code.py", "test_resuming.py", "test_serving_folder.py",
-    "test_training.py", "test_variants.py", "test_wheel.py",
-}  # fmt: skip
+# Whole trainings, exports, servers, and processes of their own: `make test-fast` leaves them out. The longest first:
+# a worker of pytest-xdist takes a whole file, whose tests share what was trained, and none should be left for the end.
+SLOW_FILES = """
+end_to_end/test_training.py end_to_end/test_distributed.py end_to_end/test_resuming.py end_to_end/test_families.py
+end_to_end/test_recipes.py end_to_end/test_golden.py hub/test_push.py export/test_onnx.py faults/test_kills.py
+faults/test_bit_flips.py tests/test_examples.py benchmarks/test_compare_selections.py export/test_inference_speed.py
+models/test_remote_code.py models/test_loading_and_saving.py export/test_serving_folder.py export/test_variants.py
+cli/test_export.py end_to_end/test_core_install.py tests/test_wheel.py
+""".split()
 
 
 def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        name = f"{item.path.parent.name}/{item.path.name}"
+        return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
+
     for item in items:
-        if item.path.name in SLOW_FILES or "processes" in item.name:
+        if place(item) < len(SLOW_FILES) or "in_two_processes" in item.function.__code__.co_names:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=place)
 
 
 TINY = dict(
@@ -62,6 +70,20 @@ def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.n
     return model.eval()
 
 
+# New processes are forked from one that has imported this and has done nothing else: an import takes 8 seconds.
+multiprocessing.set_forkserver_preload(
+    ["tests.end_to_end.test_training", "tests.small_training", "timm.data", "matplotlib.pyplot", "sklearn.datasets"]
+)
+
+
+def in_a_new_process(function: Callable, *arguments) -> int:
+    """The exit code of a process that has run `function(*arguments)`, a function of a module; below 0: of a signal."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def in_two_processes(function: Callable, *arguments) -> list:
     """
     What `function(*arguments, rank)` returns in each of two processes, set up as a launcher does (gloo, CPU).
@@ -72,7 +94,8 @@ def in_two_processes(function: Callable, *arguments) -> list:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_one_of_two, (function, arguments, folder, port), nprocs=2)
+        two = (_one_of_two, (function, arguments, folder, port), 2)
+        torch.multiprocessing.start_processes(*two, start_method="forkserver")
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in (0, 1)]
 
 

@@ -1,9 +1,7 @@
-"""What `import lambda_vit_hf` offers, to people, editors and type checkers, with and without the extras."""
+"""What `import lambda_vit_hf` offers, to people, editors and type checkers."""
 
 import ast
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,25 +43,3 @@ def test_an_unknown_name_is_an_attribute_error():
         lambda_vit_hf.EntropyGuidedRemoval  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Entropy'"):
         from lambda_vit_hf import Entropy  # noqa: F401
-
-
-CORE_ONLY = """
-import sys
-
-for name in ("accelerate", "datasets", "evaluate", "jinja2", "matplotlib", "peft", "sklearn", "timm"):
-    sys.modules[name] = None  # as if it were not installed
-import lambda_vit_hf
-
-assert lambda_vit_hf.summarize and lambda_vit_hf.select_attention_layers
-try:
-    from lambda_vit_hf import EntropyGuidedRemovalCallback
-except ImportError as error:
-    print(error)
-"""
-
-
-def test_without_the_extra_the_callback_says_which_one_it_needs():
-    result = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "pip install 'lambda-vit-hf[train]'" in result.stdout
-    assert result.stderr == "", "importing says something"

@@ -189,6 +189,28 @@ def test_order_is_random_and_repeatable_and_another_in_each_epoch_and_seed(strea
         assert agreeing < 10, f"{agreeing} of {SIZE} images are in the same place"
 
 
+def test_readers_shuffle_their_pieces_in_different_orders(processor):
+    # Two pieces of one shard each, within the buffer: with the same random numbers they would be in the same order.
+    images = StreamedImages(as_stream(gray_images(24), num_shards=2), processor, buffer_size=12, num_images=24)
+    assert images.shard_sizes == [12, 12]
+    pieces = [itertools.islice(images.rows(start, start + 12, None, epoch=0), 12) for start in (0, 12)]
+    orders = [[name.split(" of ")[0] for name, _ in piece] for piece in pieces]  # "row 3 of shard 1"
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(f"row {number}" for number in range(12))
+    assert orders[0] != orders[1]
+
+
+def test_processes_draw_different_random_numbers_for_their_images(stream, processor):
+    draws = []
+    for process_index in range(2):
+        images = StreamedImages(
+            stream, processor, num_images=SIZE, process_index=process_index, num_processes=2, with_draws=True
+        )
+        loader = images.loader(batch_size=10, collate_fn=lambda items: [item["draw"] for item in items])
+        draws.append(set(flat(loader)))
+    assert len(draws[0]) == len(draws[1]) == 51
+    assert draws[0].isdisjoint(draws[1])
+
+
 def test_processes_exchange_images_from_epoch_to_epoch(stream, processor):
     images = StreamedImages(stream, processor, num_images=SIZE, num_processes=2)
     seen = []

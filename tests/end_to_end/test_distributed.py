@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from tests.small_training import Blobs, make_trainer
 # Gradient descent follows the gradient; Adam makes whole steps of what is rounding in one that is nearly zero. Less
 # than an epoch: its last batch, which is not full, is filled up differently by two processes.
 DETERMINISTIC = """
---drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.9
---save_strategy no --removed_layers 1 2
+--drop_path_rate 0 --optim sgd --learning_rate 0.1 --base_learning_rate 0.1 --warmup_steps 0 --num_train_epochs 0.45
+--save_strategy no --removed_layers 1 2 --per_device_train_batch_size 64
 """.split()
-NEW = ["--base_num_train_epochs", 0.3]
+NEW = ["--base_num_train_epochs", 0.15]
 BEST = """
 --load_best_model_at_end true --metric_for_best_model loss --save_strategy steps --save_steps 3 --eval_strategy steps
 --eval_steps 3
@@ -33,7 +34,7 @@ PROGRAM_RUNS = {
     "from a new model": (NEW, NEW),
     "interrupted": (["--save_strategy", "steps", "--save_steps", 8], []),
     "resumed": (["--resume_from_checkpoint", "interrupted/checkpoint-8"], []),
-    "accumulated": (["--per_device_train_batch_size", 32, "--gradient_accumulation_steps", 2], []),
+    "accumulated": (["--per_device_train_batch_size", 16, "--gradient_accumulation_steps", 2], []),
     "averaged": (["--ema_decay", 0.5], ["--ema_decay", 0.5]),
     "best": (BEST, BEST),
     "streamed": (["--streaming", "true", "--shuffle_buffer_size", 50], None),
@@ -67,7 +68,7 @@ def train_with_program(base: str, runs: str, rank: int) -> None:
     ImageClassificationTrainer.save_model = keep_own_weights
     for name, (options, _) in PROGRAM_RUNS.items():
         options = [Path(runs, option) if str(option).startswith("interrupted") else option for option in options]
-        options = ["--per_device_train_batch_size", 64, *options, *from_base(base, name)]
+        options = ["--per_device_train_batch_size", 32, *options, *from_base(base, name)]
         run(Path(runs, name), *DETERMINISTIC, *options)
 
 
@@ -185,7 +186,7 @@ def refused_training(vit: str, runs: str, before, rank: int) -> list:
 def base(tmp_path_factory):
     """A model for digits, with its image processor, as the program trains it."""
     folder = tmp_path_factory.mktemp("start")
-    run(folder / "out", *DETERMINISTIC, "--base_num_train_epochs", 0.3, "--max_steps", 4)
+    run(folder / "out", *DETERMINISTIC, "--base_num_train_epochs", 0.15, "--max_steps", 4)
     return folder / "out" / "base"
 
 
@@ -224,15 +225,36 @@ def assert_close(weights: dict, expected: dict) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def alone(base, start, tmp_path_factory):
+    """The weights that one process trains: of the program with some options, or of a plain Trainer; each once."""
+    found = {}
+
+    def program(name: str, options: list) -> dict[str, torch.Tensor]:
+        arguments = (*DETERMINISTIC, *options, *from_base(base, name))
+        if arguments not in found:
+            folder = tmp_path_factory.mktemp("one")
+            run(folder / "out", *arguments)
+            found[arguments] = load_file(folder / "out" / "model.safetensors")
+        return found[arguments]
+
+    def trainer(**options) -> dict[str, torch.Tensor]:
+        if str(options) not in found:
+            folder = str(tmp_path_factory.mktemp("one"))
+            found[str(options)] = train_with_trainer(str(start), folder, 8, "one", **options)
+        return found[str(options)]
+
+    return SimpleNamespace(program=program, trainer=trainer)
+
+
 @pytest.mark.parametrize("name", PROGRAM_RUNS)
-def test_the_program_trains_one_model_in_two_processes(programs, base, name, tmp_path):
+def test_the_program_trains_one_model_in_two_processes(programs, alone, name):
     weights = assert_equal_in_both(programs / name)
     saved = load_file(programs / name / "model.safetensors")
     assert all(torch.equal(value, saved[key]) for key, value in weights.items())
     options = PROGRAM_RUNS[name][1]
     if options is not None:
-        run(tmp_path / "one", *DETERMINISTIC, *options, *from_base(base, name))
-        assert_close(weights, load_file(tmp_path / "one" / "model.safetensors"))
+        assert_close(weights, alone.program(name, options))
 
 
 def test_the_base_model_is_one_in_two_processes(programs):
@@ -240,10 +262,9 @@ def test_the_base_model_is_one_in_two_processes(programs):
 
 
 @pytest.mark.parametrize("name", TRAINER_RUNS)
-def test_a_plain_trainer_trains_one_model_in_two_processes(trainers, start, name, tmp_path):
+def test_a_plain_trainer_trains_one_model_in_two_processes(trainers, alone, name):
     weights = assert_equal_in_both(trainers[0] / name)
-    options = {"ema": 0.5} if name == "averaged" else TRAINER_RUNS["best"] if name == "best" else {}
-    assert_close(weights, train_with_trainer(str(start), str(tmp_path), 8, "one", **options))
+    assert_close(weights, alone.trainer(**(TRAINER_RUNS[name] if name in ("averaged", "best") else {})))
 
 
 def test_a_trainer_that_evaluates_between_two_trainings_trains_one_model(trainers):

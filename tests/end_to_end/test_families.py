@@ -17,8 +17,6 @@ from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.run import run_training
 
 
-pytestmark = pytest.mark.slow
-
 TINY = dict(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
 MLP = dict(**TINY, intermediate_size=32)
 TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)

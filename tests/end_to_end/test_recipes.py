@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lambda_vit_hf import LambdaViTForImageClassification
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.dilution import DilutionSchedule
 from lambda_vit_hf.training.run import run_training
+from tests.conftest import in_two_processes
 from tests.miniature_imagenet import CLASSES, miniature_images, write_class_folders, write_parquet
 
 
@@ -105,15 +107,16 @@ def test_the_imagenet_recipes_are_the_papers(size, ratio, layers, drop_path):
 
 @pytest.fixture(scope="module")
 def narrow_deit(tmp_path_factory):
-    """A ViT of 12 layers, 224 pixels and patches of 16 like DeiT, 24 wide, with DeiT's image processor."""
+    """A ViT of 12 layers and patches of 16 like DeiT, but of 64 pixels and 24 wide, with DeiT's image processor."""
     folder = tmp_path_factory.mktemp("deit")
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=24, num_attention_heads=3, intermediate_size=48, id2label=dict(enumerate(CLASSES)),
+        image_size=64, hidden_size=24, num_attention_heads=3, intermediate_size=48, id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(folder)
-    DeiTImageProcessor().save_pretrained(folder)
+    sides = {name: {"height": side, "width": side} for name, side in (("size", 73), ("crop_size", 64))}
+    DeiTImageProcessor(**sides).save_pretrained(folder)
     return folder
 
 
@@ -127,26 +130,37 @@ def images(tmp_path_factory):
     }
 
 
-# Every pair of two of the three, in half as many runs as all of them together.
+def train(argv: list[str], rank: int = 0) -> None:
+    run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
+
+
+def launch(argv: list[str]) -> None:
+    config = ROOT / "trainer_scripts" / "accelerate_configs" / "two_cpu_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", "-m", "lambda_vit_hf.cli.train", *argv]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+# Every pair of number of processes, kind and streaming, in half as many runs as all of them together.
 @pytest.mark.parametrize(
-    ("num_processes", "kind", "streaming"),
-    [(1, "parquet", False), (1, "folders", True), (2, "parquet", True), (2, "folders", False)],
+    ("how", "num_processes", "kind", "streaming"),
+    [
+        (train, 1, "parquet", False),
+        (train, 1, "folders", True),
+        (launch, 2, "parquet", True),
+        (partial(in_two_processes, train), 2, "folders", False),
+    ],
+    ids=["parquet", "streamed folders", "two launched processes, streamed parquet", "two processes, folders"],
 )
-def test_the_base_recipe_runs_from_end_to_end(narrow_deit, images, tmp_path, kind, streaming, num_processes):
+def test_the_base_recipe_runs_from_end_to_end(narrow_deit, images, tmp_path, how, num_processes, kind, streaming):
     out = tmp_path / "out"
     argv = [
         str(BASE), "--model_name_or_path", str(narrow_deit), "--dataset_dir", str(images[kind]),
         "--output_dir", str(out), *SHORTENED, "--per_device_train_batch_size", str(16 // num_processes),
         *(["--streaming", "true", "--repeated_augmentation", "1"] if streaming else []),
     ]  # fmt: skip
-    if num_processes == 1:
-        run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
-    else:
-        config = ROOT / "trainer_scripts" / "accelerate_configs" / "two_cpu_processes.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--main_process_port", "0", "-m", "lambda_vit_hf.cli.train", *argv]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr[-3000:]
+    how(argv)
     metrics = json.loads((out / "metrics.json").read_text())
     state = json.loads((next(out.glob("checkpoint-*")) / "trainer_state.json").read_text())
     assert [state["log_history"][-1]["lambda"], len(metrics["layers"])] == [0, 5]

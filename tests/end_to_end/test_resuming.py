@@ -1,6 +1,5 @@
 """A training that is killed again and again ends in the weights of one that never was: all of the recipe turned on."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lambda_vit_hf.training.progress import ThroughputCallback
+from tests.conftest import in_a_new_process
 from tests.end_to_end.test_training import run
 
 
@@ -35,13 +35,6 @@ def interrupted_run(folder, options, step, how):
     run(folder, *options)
 
 
-def interrupt(folder, options, step, how):
-    process = multiprocessing.get_context("fork").Process(target=interrupted_run, args=(folder, options, step, how))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 @pytest.mark.parametrize("style", ["map_style", "streamed"])
 def test_five_kills_and_a_sigterm_leave_no_trace(tmp_path, style):
     options = [*EVERYTHING, *(IN_MAP_STYLE if style == "map_style" else STREAMED)]
@@ -49,9 +42,10 @@ def test_five_kills_and_a_sigterm_leave_no_trace(tmp_path, style):
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     resume = [*options, "--resume_from_checkpoint", "true"]
     steps = sorted(random.Random(style).sample(range(1, NUM_STEPS[style] - 1), 6))
-    for count, step in enumerate(steps[:5]):
-        assert interrupt(tmp_path / "killed", resume if count else options, step, signal.SIGKILL) == -signal.SIGKILL
-    assert interrupt(tmp_path / "killed", resume, steps[5], signal.SIGTERM) == 128 + signal.SIGTERM
+    for count, step in enumerate(steps):
+        how = signal.SIGKILL if count < 5 else signal.SIGTERM
+        code = in_a_new_process(interrupted_run, tmp_path / "killed", resume if count else options, step, how)
+        assert code == (-signal.SIGKILL if count < 5 else 128 + signal.SIGTERM)
     assert (tmp_path / "killed" / f"checkpoint-{steps[5] + 1}").is_dir(), "SIGTERM should save a checkpoint at once"
     run(tmp_path / "killed", *resume)
     ended = load_file(tmp_path / "killed" / "model.safetensors")

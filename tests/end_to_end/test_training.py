@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
+    Trainer,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -24,6 +25,7 @@ from transformers import (
 from lambda_vit_hf.selection.select import AttentionSelection
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.run import run_training
+from tests.conftest import in_a_new_process
 
 
 ROOT = Path(__file__).parents[2]
@@ -95,29 +97,23 @@ def test_the_output_folder_works_in_a_pipeline_with_class_names(finished):
     assert {entry["label"] for entry in answer} <= set("0123456789")
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from transformers import Trainer
-save = Trainer._save_optimizer_and_scheduler
-def die(self, output_dir):
-    if output_dir.endswith({where!r}):
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, output_dir)
-Trainer._save_optimizer_and_scheduler = die
-from pathlib import Path
-from tests.end_to_end.test_training import run
-run(Path({folder!r}))
-"""
+def run_until_killed_while_saving(folder, where):
+    save = Trainer._save_optimizer_and_scheduler
+
+    def die(trainer, output_dir):
+        if output_dir.endswith(where):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(trainer, output_dir)
+
+    Trainer._save_optimizer_and_scheduler = die
+    run(folder)
 
 
 @pytest.mark.parametrize("where", ["digits/checkpoint-12", "digits/base-training/checkpoint-8"])
 def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished, tmp_path, caplog, where):
     expected = load_file(finished[0] / "model.safetensors")
     folder = tmp_path / "digits"
-    script = KILLED_WHILE_SAVING.format(root=str(ROOT), folder=str(folder), where=where)
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert in_a_new_process(run_until_killed_while_saving, folder, where) == -signal.SIGKILL
     assert (tmp_path / where / "model.safetensors").is_file(), "the kill should leave half a checkpoint"
     run(folder, "--resume_from_checkpoint", "true")
     assert "Passing over" in caplog.text

@@ -1,9 +1,6 @@
 """Evaluation: what is counted, under which label, and that processes share the work without counting twice."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from lambda_vit_hf.cli.evaluate import describe
+from lambda_vit_hf.cli import evaluate
 from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.evaluation.evaluate import (
@@ -26,10 +23,9 @@ from lambda_vit_hf.evaluation.evaluate import (
     shortlist,
 )
 from lambda_vit_hf.evaluation.metrics import classification_metrics
-from tests.conftest import perturb
+from tests.conftest import in_two_processes, perturb
 
 
-ROOT = Path(__file__).parents[2]
 NAMES = [str(digit) for digit in range(10)]
 
 
@@ -151,21 +147,17 @@ def test_labelled_images_count_classes_as_the_model_does(digits_model):
 # The program.
 
 
-def run_program(launcher: list[str], *arguments: str) -> tuple[dict, str]:
-    output = Path(arguments[arguments.index("--output") + 1])
-    command = [*launcher, "-m", "lambda_vit_hf.cli.evaluate", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(output.read_text()), result.stdout
-
-
-def test_two_processes_count_each_image_once(digits_model, tmp_path):
+def evaluate_digits(model: str, output: str, rank: int = 0) -> None:
     # 360 images in batches of 50: the last round has 10 images for two processes, which accelerate fills up.
-    common = [digits_model, "--dataset_name", "digits", "--device", "cpu", "--batch_size", "50", "--output"]
-    one, printed = run_program([sys.executable], *common, str(tmp_path / "one.json"))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-                "trainer_scripts/accelerate_configs/two_cpu_processes.yaml"]  # fmt: skip
-    two, _ = run_program(launcher, *common, str(tmp_path / "two.json"))
+    common = ["--dataset_name", "digits", "--device", "cpu", "--batch_size", "50"]
+    evaluate.main([model, *common, "--output", output])
+
+
+def test_two_processes_count_each_image_once(digits_model, tmp_path, capsys):
+    evaluate_digits(digits_model, str(tmp_path / "one.json"))
+    printed = capsys.readouterr().out
+    in_two_processes(evaluate_digits, digits_model, str(tmp_path / "two.json"))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     for name in ("num_images", "unreadable", "accuracy", "top5_accuracy"):
         assert two[name] == one[name], name
     assert (one["num_images"], one["environment"]["processes"], two["environment"]["processes"]) == (360, 1, 2)
@@ -176,6 +168,6 @@ def test_two_processes_count_each_image_once(digits_model, tmp_path):
 def test_figures_in_one_line():
     figures = {"accuracy": 0.5, "num_images": 8, "unreadable": 2, "images_per_second": 1234.0,
                "model_images_per_second": 5678.0}  # fmt: skip
-    assert describe("m", figures) == (
+    assert evaluate.describe("m", figures) == (
         "m: top-1 50.00 % on 8 images (2 unreadable left out); 1,234 images/s with decoding, 5,678 without"
     )

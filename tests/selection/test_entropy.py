@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lambda_vit_hf.selection.entropy import SMALLEST_SIGMA, GaussianEntropy
+from lambda_vit_hf.selection.entropy import GaussianEntropy
 
 
 def entropy_of(batches) -> GaussianEntropy:
@@ -74,8 +74,15 @@ def test_float32_features_far_from_zero_lose_nothing_to_cancellation():
 def test_a_constant_channel_is_counted_and_stays_finite():
     estimate = entropy_of([torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])])
     assert estimate.dead_channels() == 1
-    expected = math.log(math.sqrt(2 / 3)) + math.log(SMALLEST_SIGMA)
-    assert estimate.value() == pytest.approx(expected)
+    # What is stored as `output_entropy` of a model with dead channels is in these units.
+    assert estimate.value() == pytest.approx(math.log(math.sqrt(2 / 3)) + math.log(1e-8))
+
+
+@pytest.mark.parametrize("sigma", [1e-7, 1e-3, 0.5])
+def test_a_channel_that_hardly_changes_counts_with_its_own_sigma(sigma):
+    estimate = entropy_of([sigma * torch.tensor([[-1.0], [1.0]], dtype=torch.float64)])
+    assert estimate.value() == pytest.approx(math.log(sigma), rel=1e-9)
+    assert estimate.dead_channels() == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,12 +3,13 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from lambda_vit_hf import EntropyGuidedRemovalCallback, LambdaViTForImageClassification, StopOnNonFiniteGradient
 from lambda_vit_hf.training.checkpoints import what_is_broken
@@ -147,3 +148,20 @@ def test_a_launcher_that_splits_up_the_model_is_refused(model, tmp_path, monkeyp
     for event in (trainer.callback_handler.on_init_end, trainer.callback_handler.on_train_begin):
         with pytest.raises(ValueError, match="needs the whole model in each process"):
             event(trainer.args, trainer.state, trainer.control)
+
+
+def test_under_fp16_some_overflows_in_a_row_are_left_to_the_gradient_scaler():
+    guard, model = StopOnNonFiniteGradient(patience=2), torch.nn.Linear(1, 1, bias=False)
+    state = TrainerState(global_step=7)
+
+    def step(gradient: float, fp16: bool = True) -> None:
+        model.weight.grad = torch.full((1, 1), gradient)
+        guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16, output_dir="out"), state, None, model=model)
+
+    for gradient in (math.inf, math.nan, 1.0, math.inf, math.inf):  # a good one in between begins anew
+        step(gradient)
+    with pytest.raises(FloatingPointError, match="step 7"):
+        step(math.inf)
+    step(1.0)
+    with pytest.raises(FloatingPointError, match="step 7"):
+        step(math.inf, fp16=False)

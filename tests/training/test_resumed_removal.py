@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,10 +17,17 @@ from lambda_vit_hf import (
 from tests.small_training import Recorder, final_weights, make_trainer
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing interrupted: its folder, only to be read; model, callback and trainer."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *final_weights(folder)
+
+
 @pytest.mark.parametrize("step", [1, 4, 6, 9, 11])
-def test_resuming_at_any_step_ends_in_the_same_weights(tmp_path, step):
-    whole, callback, trainer = final_weights(tmp_path)
-    resumed, resumed_callback, resumed_trainer = final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
+def test_resuming_at_any_step_ends_in_the_same_weights(finished, tmp_path, step):
+    folder, whole, callback, trainer = finished
+    resumed, resumed_callback, resumed_trainer = final_weights(tmp_path, resume=str(folder / f"checkpoint-{step}"))
     assert resumed_callback.selection == callback.selection
     for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, expected), f"{name} differs after resuming at step {step}"
@@ -27,30 +35,28 @@ def test_resuming_at_any_step_ends_in_the_same_weights(tmp_path, step):
     assert lambdas[0] == lambdas[1]
 
 
-@pytest.mark.parametrize("step", [4, 11])
-def test_a_resumed_run_fades_to_what_it_did(tmp_path, step):
+def test_a_resumed_run_fades_to_what_it_did(tmp_path):
     whole, callback, _ = final_weights(tmp_path, fade_to="skip")
     assert whole.config.fade_to == callback.selection.mask == "skip" and not whole.config.fold_removed
-    resumed, *_ = final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), fade_to="skip")
+    resumed, *_ = final_weights(tmp_path, resume=str(tmp_path / "checkpoint-4"), fade_to="skip")
     assert resumed.config.fade_to == "skip"
     for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
     with pytest.raises(ValueError, match=r"'fade_to': \('skip', None\)"):
-        final_weights(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
+        final_weights(tmp_path, resume=str(tmp_path / "checkpoint-4"))
 
 
-def test_resuming_also_works_where_the_trainer_restores_callbacks_itself(tmp_path):
-    whole, *_ = final_weights(tmp_path)
+def test_resuming_also_works_where_the_trainer_restores_callbacks_itself(finished, tmp_path):
+    folder, whole, *_ = finished
     resumed, *_ = final_weights(
-        tmp_path, resume=str(tmp_path / "checkpoint-4"), restore_callback_states_from_checkpoint=True
+        tmp_path, resume=str(folder / "checkpoint-4"), restore_callback_states_from_checkpoint=True
     )
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_resuming_with_another_length_of_training_is_refused(tmp_path):
-    final_weights(tmp_path)
+def test_resuming_with_another_length_of_training_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"'total_steps': 20.*'total_steps': 12"):
-        final_weights(tmp_path, resume=str(tmp_path / "checkpoint-4"), max_steps=20)
+        final_weights(tmp_path, resume=str(finished[0] / "checkpoint-4"), max_steps=20)
 
 
 def test_resuming_a_run_that_had_no_removal_is_refused(model, tmp_path):
@@ -60,10 +66,10 @@ def test_resuming_a_run_that_had_no_removal_is_refused(model, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
-def test_weights_that_were_not_restored_are_noticed(tmp_path):
+def test_weights_that_were_not_restored_are_noticed(finished, tmp_path):
     from safetensors.torch import save_file
 
-    final_weights(tmp_path)
+    shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / "model.safetensors"
     renamed = {key.replace("layers", "encoder.layer"): value for key, value in load_file(path).items()}
     save_file(renamed, path, metadata={"format": "pt"})
