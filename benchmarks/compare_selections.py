@@ -15,7 +15,8 @@ the correlation of transfer entropy with the loss of accuracy. `--fades identity
 attention can fade to, and `--budgets 2 6` for trainings of so many epochs. A strategy masks as attention fades, but
 `nose:skip` always by `skip`. Other options override fields of the recipe.
 
-Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped.
+Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped, and with other
+strategies, numbers, fades or budgets it takes over the trainings that are done.
 """
 
 import argparse
@@ -31,6 +32,14 @@ from pathlib import Path
 
 STRATEGIES = ["nose", "exhaustive", "beam", "lowest_entropy", "cosine", "first", "last", "random"]
 CHOICE = ("output", "mask", "compare")
+ASKED = (
+    "strategies",
+    "num_removed",
+    "fades",
+    "budgets",
+    "num_random_sets",
+    "train_choices",
+)  # of the same trainings
 MEASURED = {
     "transfer_entropy": "TE (nats)",
     "top1_before": "top-1 before (%)",
@@ -111,12 +120,12 @@ def open_results(path: Path, settings: dict) -> dict:
     results = {"settings": settings, "trainings": {}, "runs": [], "choices": [], "random_sets": [], "controls": []}
     if not path.is_file():
         return results
-    results |= _completed(json.loads(path.read_text(encoding="utf-8")))
-    if results["settings"] != settings:
-        changed = {name: (results["settings"].get(name), value) for name, value in settings.items()
-                   if results["settings"].get(name) != value}  # fmt: skip
+    found = _completed(json.loads(path.read_text(encoding="utf-8")))
+    changed = {name: (found["settings"].get(name), value) for name, value in settings.items()
+               if found["settings"].get(name) != value}  # fmt: skip
+    if changed.keys() - set(ASKED):
         raise ValueError(f"{path} holds figures of other settings (then, now): {changed}. Give another --output_dir.")
-    return results
+    return results | ({"trainings": found["trainings"]} if changed else found)
 
 
 def _completed(results: dict) -> dict:

@@ -85,7 +85,12 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, capsys):
     for name in ("trainings", "controls", "runs", "choices", "random_sets"):
         assert again[name] == results[name]
     with pytest.raises(ValueError, match="other settings"):
-        compare(tmp_path, "--seeds", "0", "--strategies", "nose")
+        compare(tmp_path, *chosen, "--num_train_images", "500")
+    more = compare(tmp_path, "--seeds", "0", "--strategies", "first", "last")
+    printed = capsys.readouterr().out
+    assert "layers 0: top-1" not in printed and "layers 2: top-1" in printed
+    assert [run["strategy"] for run in more["runs"]] == ["first", "last"]
+    assert more["runs"][0]["top1_diluted"] == results["runs"][0]["top1_diluted"]
 
     # Stopped half-way, and by a version that knew no controls.
     half = {**results, "trainings": {"seed 0, layers 0": results["trainings"]["seed 0, layers 0"]}}
