@@ -195,12 +195,10 @@ _EXCLUSIVE = (
 # What a recipe says of the model it makes; a checkpoint named on the command line has its own.
 _SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
           "initializer_range")  # fmt: skip
-# Texts that may be true or false.
-_ALSO_SWITCHES = ("resume_from_checkpoint",)
+_ALSO_SWITCHES = ("resume_from_checkpoint",)  # texts that may be true or false
 # What a field's type must name to take a value of YAML's kinds, and what such a value is called.
 _KINDS = {type(None): ("None", "no value"), bool: ("bool", ""), dict: ("dict", "a mapping"), list: ("list", "a list")}
-# Names of before, accepted for one release.
-_RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
+_RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}  # accepted for one release
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
