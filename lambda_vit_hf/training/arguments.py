@@ -202,10 +202,10 @@ _EXCLUSIVE = (
 # What a recipe says of the model it makes; a checkpoint named on the command line has its own.
 _SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
           "initializer_range")  # fmt: skip
-# Texts that may be true or false.
-_ALSO_SWITCHES = ("resume_from_checkpoint",)
-# Names of before, accepted for one release.
-_RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}
+_ALSO_SWITCHES = ("resume_from_checkpoint",)  # texts that may be true or false
+# What a field's type must name to take a value of YAML's kinds, and what such a value is called.
+_KINDS = {type(None): ("None", "no value"), bool: ("bool", ""), dict: ("dict", "a mapping"), list: ("list", "a list")}
+_RENAMED = {"num_layers": "num_removed_layers", "layers": "removed_layers"}  # accepted for one release
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
@@ -245,7 +245,7 @@ def parse_arguments(argv: Sequence[str], argument_types: Sequence[type], **parse
         message = f"`{name}` is called `{_RENAMED[name]}` now; the old name goes with the next release."
         warnings.warn(message, FutureWarning, stacklevel=2)
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    for name, value in ((name, value) for one in parsed for name, value in vars(one).items()):
+    for name, value in {name: value for one in parsed for name, value in vars(one).items()}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{name}` must be a finite number, got {value}.")
     return parsed
@@ -257,20 +257,12 @@ def _check_values(recipe: str, values: dict, argument_types: Sequence[type]) -> 
     takes = {name: str(hint) for kind in argument_types for name, hint in typing.get_type_hints(kind).items()}
     takes |= dict.fromkeys(_ALSO_SWITCHES, "bool | None")
     for name, value in values.items():
-        hint, got = takes[name], None
-        if value is None and "None" not in hint:
-            got = "no value"
-        elif isinstance(value, bool) and "bool" not in hint:
-            got = str(value).lower()
-        elif isinstance(value, dict) and "dict" not in hint:
-            got = "a mapping"
-        elif isinstance(value, list) and "list" not in hint:
-            got = "a list"
-        elif isinstance(value, list) and not all(type(one) in (str, int, float) for one in value):
-            got = f"a list with {next(one for one in value if type(one) not in (str, int, float))}"
-        if got is not None:
+        needed, got = _KINDS.get(type(value), ("", ""))
+        odd = [one for one in value if type(one) not in (str, int, float)] if isinstance(value, list) else []
+        if needed not in takes[name] or odd:
+            got = f"a list with {odd[0]}" if needed in takes[name] else got or str(value).lower()
             raise ValueError(
-                f"The recipe {recipe} gives {got} to {name}, which is {hint}. Give a value, in quotes if it is"
+                f"The recipe {recipe} gives {got} to {name}, which is {takes[name]}. Give a value, in quotes if it is"
                 " a word like no or on; or leave it out."
             )
 
