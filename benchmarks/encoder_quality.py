@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         rows.append({"encoder": name, **figures, **model_size(model)})
         print(rows[-1])
     return {
-        "environment": {**describe_environment(), "threads": torch.get_num_threads(), "dtype": arguments.dtype},
+        "environment": {**describe_environment(), "dtype": arguments.dtype},
         "num_train": len(train),
         "num_test": len(test),
         "num_photographs": len(photographs),

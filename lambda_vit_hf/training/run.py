@@ -78,6 +78,8 @@ def _run_alone(
     model, processor, is_new = load_starting_model(
         model_args, class_names, folder, overwrite, data_args.evaluation_crop
     )
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = _has_unused_parameters(model)
     images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)
     _scale_learning_rates(model_args, training_args)
     removal = EntropyGuidedRemovalCallback(
@@ -168,8 +170,13 @@ def _check_training_arguments(training_args: LambdaTrainingArguments) -> None:
     if is_timms and training_args.warmup_steps:
         raise ValueError("timm's cosine warms up by --warmup_epochs: leave --warmup_steps out.")
     training_args.dataloader_pin_memory = training_args.dataloader_pin_memory and training_args.device.type != "cpu"
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # attention that is off is in the graph
+
+
+def _has_unused_parameters(model) -> bool:
+    """Whether no loss here reaches a parameter: DistributedDataParallel would wait for it. Attention that is off is in
+    the graph."""
+    names = [name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()]
+    return any(name == "embeddings.mask_token" or name.startswith("pooler.") for name in names)
 
 
 def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrainingArguments) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -24,6 +27,8 @@ from lambda_vit_hf.training.run import run_training
 
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 SHAPE = dict(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
 OPTIONS = """dinov2_small_feature_distillation --image_size 8 --random_resized_crop false --num_removed_layers 2
@@ -113,6 +118,18 @@ def test_images_are_streamed_too_and_an_average_is_kept(checkpoint, pictures, tm
     metrics = run(checkpoint, splits, tmp_path / "out", "--streaming", "true", "--ema_decay", "0.5",
                   "--save_strategy", "no")  # fmt: skip
     assert 0 < metrics["after"]["image_cosine"] < 1
+
+
+def test_two_processes_train_one_encoder(checkpoint, pictures, tmp_path):
+    """DINOv2 has a mask token, which no loss here reaches: DistributedDataParallel would wait for its gradient."""
+    options = ["--model_name_or_path", checkpoint, "--dataset_dir", pictures, "--output_dir", tmp_path / "out",
+               "--max_steps", 2, "--hold_share", 0.5, "--save_strategy", "no", "--eval_strategy", "no"]  # fmt: skip
+    config = ROOT / "trainer_scripts" / "accelerate_configs" / "two_cpu_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
+               "-m", "lambda_vit_hf.cli.train", *OPTIONS, *options]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(AutoModel.from_pretrained(tmp_path / "out").config.removed_layers) == 2
 
 
 def test_a_random_pooler_is_not_shipped_as_trained(pictures, tmp_path):
