@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoLambdaModelForImageClassification.from_pretrained(arguments.model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
-    images = load_image_dataset(**dataset_options(arguments))["train"]
+    images = load_image_dataset(**dataset_options(arguments), labelled=False)["train"]
     images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
     if _asks_how_many(arguments):
         selection = find_out_how_many(model, images, config, arguments, state.is_main_process)

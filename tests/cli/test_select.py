@@ -124,3 +124,11 @@ def test_a_bound_out_of_range_is_refused_before_anything_is_measured(digits_vit,
     with pytest.raises(ValueError, match="must"):
         how_many(digits_vit, tmp_path / "out", *bound)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_pictures_is_enough(digits_vit, tmp_path):
+    for index in range(12):
+        PIL.Image.new("RGB", (8, 8), (20 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    select.main([digits_vit, "--dataset_dir", str(tmp_path), "--num_removed_layers", "1",
+                 "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    assert AttentionSelection.load(tmp_path / "out" / "selection.json").num_images == 9
