@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .runner import Renamed, program_parser, run_program
+from .runner import Renamed, check_output_dir, program_parser, run_program
 
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -31,9 +31,8 @@ MEAN_AND_STD = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
-    output_dir = Path(arguments.output_dir)
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not an empty folder. Name another --output_dir.")
+    output_dir = arguments.output_dir
+    check_output_dir(output_dir)
 
     # Imported late: --help and a mistyped option answer at once.
     from ..evaluation.accounting import summarize
@@ -74,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--family", default="vit", help="Whose names the file has: vit (DeiT too), deit (distilled), dinov2,"
         " dinov2_with_registers, dinov3_vit, siglip_vision, clip_vision. Default: vit.")  # fmt: skip
     add("--hidden_act", help="Activation of the MLPs, which files of SigLIP and CLIP do not say.")
-    add("--output_dir", required=True, help="Folder to write; must not exist, or be empty.")
+    add("--output_dir", type=Path, required=True, help="Folder to write; must not exist, or be empty.")
     add("--removed_layers", "--layers", action=Renamed, type=int, nargs="*",
         help="Attention layers to remove, 0-based; without a value, none. Default: what the name of an authors' file"
         " says, else none.")  # fmt: skip

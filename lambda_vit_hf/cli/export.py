@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .images import add_dataset_options, dataset_options, dataset_place
-from .runner import program_parser, run_program
+from .runner import check_output_dir, program_parser, run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..export.serving_folder import export_for_serving
     from ..models.checksums import write_checksums
 
-    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
-        raise FileExistsError(f"{arguments.output_dir} exists and is not an empty folder. Name another --output_dir.")
+    check_output_dir(arguments.output_dir)
     model = load_classifier(arguments.model, model_class=AutoLambdaModelForImageClassification)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)

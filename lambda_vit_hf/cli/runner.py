@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 # Their exceptions are about what they were given: a repository, a data set, a file, a recipe.
@@ -31,6 +32,15 @@ class Renamed(argparse.Action):
             message = f"{option_string} is called {name} now; the old name goes with the next release."
             warnings.warn(message, FutureWarning, stacklevel=2)
         setattr(namespace, self.dest, values)
+
+
+def check_output_dir(folder: Path) -> None:
+    """
+    Raises:
+        FileExistsError: if a folder to write is there already, and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder. Name another --output_dir.")
 
 
 def run_program(name: str, main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> None:

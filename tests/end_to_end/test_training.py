@@ -127,7 +127,8 @@ def test_a_run_killed_while_saving_resumes_and_ends_in_the_same_weights(finished
 
 def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished, tmp_path, caplog):
     folder = tmp_path / "digits"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # This checkout's package, whichever is installed: a script's own folder is on the path, not the current one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Less than an epoch: a last batch that is not full is filled up differently by two processes.
     same = ["--drop_path_rate", "0", "--base_num_train_epochs", "0.9", "--num_train_epochs", "0.9"]
     command = [
