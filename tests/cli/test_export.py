@@ -11,13 +11,21 @@ from lambda_vit_hf.cli import export
 
 
 def test_export_writes_the_folder_and_says_what_it_compared(folder, tmp_path, capsys):
-    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2"])
-    assert "largest difference of a logit" in capsys.readouterr().out
+    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2", "--fp16"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed[:2]] == ["model.onnx", "model_fp16.onnx"]
+    assert all("largest difference of a logit" in line for line in printed[:2])
     assert (tmp_path / "served" / "serve.py").is_file()
     export.main([str(folder), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
     assert (tmp_path / "program" / "model.pt2").is_file()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         export.main([str(folder), "--output_dir", str(tmp_path / "served")])
+
+
+@pytest.mark.parametrize("option", ["--int8", "--fp16"])
+def test_smaller_weights_are_for_onnx(tmp_path, option):
+    with pytest.raises(SystemExit):
+        export.main(["model", "--output_dir", str(tmp_path), "--format", "torch_export", option])
 
 
 def test_one_image_is_enough_to_compare_on(folder, tmp_path, capsys):
@@ -56,4 +64,4 @@ def test_without_a_dataset_the_extra_export_is_enough(folder, tmp_path):
     command = [sys.executable, "-c", WITHOUT, str(folder), "--output_dir", str(tmp_path / "out"), "--int8"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert (tmp_path / "out" / "onnx" / "model_quantized.onnx").is_file()
