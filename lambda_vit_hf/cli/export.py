@@ -1,10 +1,12 @@
-"""Export a trained model: a folder that onnxruntime alone can serve, or a `torch.export` program; logits are compared.
+"""Export a trained model: ONNX in the Hub's layout, or a `torch.export` program; logits are compared.
 
     lambda-vit export outputs/digits --output_dir outputs/digits_onnx --dataset_name digits
     lambda-vit export outputs/digits --output_dir outputs/digits_int8 --dataset_name digits --int8
     lambda-vit export outputs/digits --output_dir outputs/digits_pt2 --format torch_export
     python outputs/digits_onnx/serve.py picture.png
+    lambda-vit push outputs/digits_int8 me/digits-ONNX
 
+The folder of ONNX files is what transformers.js and optimum read; its `serve.py` needs onnxruntime alone.
 Takes any ViT checkpoint with a trained class head, of the Hub or on disk, removed layers or not. With a dataset, the
 comparison runs on images of its validation split, else on noise. `--token_merging_r 8` exports the model with that
 token merging.
@@ -25,14 +27,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("model", help="Hub id or folder of any ViT checkpoint")
     add("--output_dir", type=Path, required=True, help="must not exist, or be empty")
     add("--format", choices=["onnx", "torch_export"], default="onnx")
-    add("--int8", action="store_true", help="8-bit linear layers (onnx)")
+    add("--int8", action="store_true", help="also with 8-bit linear layers (onnx)")
+    add("--fp16", action="store_true", help="also in float16 (onnx)")
     add("--token_merging_r", type=int, help="tokens merged per block that keeps attention")
     add("--token_merging_start", type=int, default=0, help="first of these blocks that merges")
     add("--num_images", type=int, default=256, help="to compare on, of the validation split, evenly spaced")
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)
-    if arguments.int8 and arguments.format != "onnx":
-        parser.error("--int8 is for --format onnx")
+    if (arguments.int8 or arguments.fp16) and arguments.format != "onnx":
+        parser.error("--int8 and --fp16 are for --format onnx")
     if arguments.num_images < 1:
         parser.error("--num_images must be at least 1")
     return arguments
@@ -64,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_processor=processor, num_images=arguments.num_images, **dataset_options(arguments)
         )
     if arguments.format == "onnx":
-        check = export_for_serving(model, processor, arguments.output_dir, images, int8=arguments.int8)
+        checks = export_for_serving(
+            model, processor, arguments.output_dir, images, int8=arguments.int8, fp16=arguments.fp16
+        )
     else:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        check = export_program(model, arguments.output_dir / "model.pt2", images)
+        checks = [export_program(model, arguments.output_dir / "model.pt2", images)]
         processor.save_pretrained(arguments.output_dir)
         write_checksums(arguments.output_dir)
-    print(check)
+    print(*checks, sep="\n")
     print(f"Written to {arguments.output_dir}.")
 
 

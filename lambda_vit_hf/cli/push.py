@@ -18,7 +18,7 @@ from .runner import program_parser, run_program
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = program_parser("push", __doc__)
-    parser.add_argument("folder", help="what save_pretrained or `lambda-vit train` wrote")
+    parser.add_argument("folder", help="what save_pretrained, `lambda-vit train` or `lambda-vit export` wrote")
     parser.add_argument("repo_id", help="user/name; created if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="if the repository is created now")
     parser.add_argument("--revision", help="branch to commit to, created if it does not exist")

@@ -87,10 +87,22 @@ def export_onnx(model: nn.Module, path: str | Path, images: torch.Tensor | None 
             output_names=["logits"],
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         )
+        _drop_stack_traces(unchecked)
         check = compare_onnx(model, unchecked, images)
         _check_tolerance(check, model)
         unchecked.replace(path)
     return check
+
+
+def _drop_stack_traces(path: Path) -> None:
+    """The exporter writes into each node which lines of which files of this machine it came from."""
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        part.ClearField("metadata_props")
+    onnx.save(model, path)
 
 
 def quantize_onnx(source: str | Path, path: str | Path) -> None:
@@ -102,7 +114,8 @@ def quantize_onnx(source: str | Path, path: str | Path) -> None:
     to 64 they cannot, so that the file gives the same answers on every CPU. Source: onnxruntime's documentation of
     quantization, "When to use reduce-range".
 
-    Activations get one scale for the whole batch: run images one by one, or an image's logits depend on the others.
+    onnxruntime gives the activations of a batch one scale, and an image's logits would depend on the others: so the
+    graph takes the images of a batch one by one (ONNX operator Scan).
 
     Nothing needs calibration. Accuracy has to be looked at: compare with [`compare_onnx`] on real images.
 
@@ -122,6 +135,54 @@ def quantize_onnx(source: str | Path, path: str | Path) -> None:
         )  # fmt: skip
     finally:
         root.setLevel(level)
+    _take_images_one_by_one(path)
+
+
+def _take_images_one_by_one(path: str | Path) -> None:
+    """Put the graph of a file, from `pixel_values` to `logits`, into a Scan over the images of the batch."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(path)
+    (pixel_values,), (logits,) = model.graph.input, model.graph.output
+    body = onnx.GraphProto()
+    body.CopyFrom(model.graph)
+    for field in ("input", "output", "value_info"):  # shapes of whole batches
+        body.ClearField(field)
+    for node in body.node:  # a name of the outer graph may not come back in the inner one
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name in (pixel_values.name, logits.name):
+                    names[index] = f"{name}_of_one"
+    for value, name, values in ((pixel_values, "image", body.input), (logits, "scores", body.output)):
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+        values.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes))
+    body.initializer.append(helper.make_tensor("batch_axis", onnx.TensorProto.INT64, [1], [0]))
+    body.node.insert(0, helper.make_node("Unsqueeze", ["image", "batch_axis"], [f"{pixel_values.name}_of_one"]))
+    body.node.append(helper.make_node("Squeeze", [f"{logits.name}_of_one", "batch_axis"], ["scores"]))
+    scan = helper.make_node("Scan", [pixel_values.name], [logits.name], num_scan_inputs=1, body=body)
+    model.graph.CopyFrom(helper.make_graph([scan], model.graph.name, [pixel_values], [logits]))
+    onnx.save(model, path)
+
+
+def halve_onnx(source: str | Path, path: str | Path) -> None:
+    """
+    Turn an ONNX file in float32 into one in float16 that still takes and gives float32, as transformers.js feeds it.
+
+    Args:
+        source (`str` or `Path`): an ONNX file in float32.
+        path (`str` or `Path`): the file to write, about half of the size.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    least, largest = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
+    # Token merging adds with ScatterElements, which onnxruntime's CPU kernels do not do in float16.
+    halved = convert_float_to_float16(
+        onnx.load(source), keep_io_types=True, min_positive_val=float(least), max_finite_val=float(largest),
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, "ScatterElements"],
+    )  # fmt: skip
+    onnx.save(halved, path)
 
 
 def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> ExportCheck:

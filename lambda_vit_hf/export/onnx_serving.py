@@ -2,9 +2,8 @@
 
     python serve.py picture.jpg another.png
 
-Beside this file: `model.onnx`; `preprocessing.json`, which says what happens to a picture first and what the classes
-are called; `decoding.py`, which reads pictures as they were read in training; `SHA256SUMS` of all files, and
-`checksums.py`, which compares them.
+It reads what transformers.js reads: `onnx/model.onnx`, `preprocessor_config.json`, and the names of the classes in
+`config.json`. `decoding.py` reads pictures as in training; `checksums.py` compares the files with `SHA256SUMS`.
 """
 
 import json
@@ -22,10 +21,11 @@ from ..models.checksums import check_checksums
 
 class OnnxImageClassifier:
     """
-    A model folder, served.
+    An exported folder, served.
 
     Args:
-        folder (`str` or `Path`): with `model.onnx` and `preprocessing.json`.
+        folder (`str` or `Path`): what `lambda-vit export` wrote.
+        file (`str`, *optional*, defaults to `"onnx/model.onnx"`): the graph; `"onnx/model_quantized.onnx"` is int8.
         num_threads (`int`, *optional*): CPU threads; by default onnxruntime's choice.
 
     Raises:
@@ -39,37 +39,37 @@ class OnnxImageClassifier:
     ```
     """
 
-    def __init__(self, folder: str | Path, num_threads: int = 0):
+    def __init__(self, folder: str | Path, file: str = "onnx/model.onnx", num_threads: int = 0):
         folder = Path(folder)
         check_checksums(folder)
-        self.preprocessing = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))
-        self.labels: list[str] = self.preprocessing["labels"]
+        self.preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+        self.labels: list[str] = [labels[str(index)] for index in range(len(labels))]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         available = onnxruntime.get_available_providers()
         providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+        self.session = onnxruntime.InferenceSession(str(folder / file), options, providers=providers)
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
         """Pixel values `(3, height, width)`, float32, of one picture of any mode and size, turned upright."""
         wanted = self.preprocessing
         image = decode_image(image)
-        if wanted["resize"]:
-            size = _resized(image, wanted["resize"])
-            image = image.resize(size, PIL.Image.Resampling[wanted["resample"].upper()])
-        if wanted["center_crop"]:
-            image = _center_crop(image, **wanted["center_crop"])
-        pixels = np.asarray(image, dtype=np.float32) * np.float32(wanted["rescale_factor"])
-        pixels = (pixels - np.float32(wanted["mean"])) / np.float32(wanted["std"])
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        if wanted["do_resize"]:
+            image = image.resize(_resized(image, wanted["size"]), wanted["resample"])
+        if wanted["do_center_crop"]:
+            image = _center_crop(image, **wanted["crop_size"])
+        pixels = np.asarray(image, dtype=np.float32)
+        if wanted["do_rescale"]:
+            pixels = pixels * np.float32(wanted["rescale_factor"])
+        if wanted["do_normalize"]:
+            pixels = (pixels - np.float32(wanted["image_mean"])) / np.float32(wanted["image_std"])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def logits(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
         """Class scores `(images, classes)`, before softmax."""
         pixel_values = np.stack([self.preprocess(image) for image in images])
-        # In 8 bits a batch shares its scales: alone, an image gets the same answer whatever comes with it.
-        size = 1 if self.preprocessing.get("one_image_at_a_time") else len(pixel_values)
-        batches = [pixel_values[start : start + size] for start in range(0, len(pixel_values), size)]
-        return np.concatenate([self.session.run(["logits"], {"pixel_values": batch})[0] for batch in batches])
+        return self.session.run(["logits"], {"pixel_values": pixel_values})[0]
 
     def classify(self, images: Sequence[PIL.Image.Image], top_k: int = 5) -> list[list[dict]]:
         """Of each picture, the `top_k` likeliest classes: `{"label": str, "score": probability}`, best first."""

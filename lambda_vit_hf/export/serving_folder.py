@@ -1,58 +1,24 @@
-"""A folder that onnxruntime alone can serve: the model, what happens to a picture first, and the code for both."""
+"""A folder in the Hub's layout of ONNX models, which transformers.js, optimum and onnxruntime alone can serve."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..data import decoding
+from ..hub.exported_folder import MODEL_CONFIG
 from ..models import checksums
 from ..models.checksums import write_checksums
-from .onnx import ExportCheck, compare_onnx, export_onnx, images_for, quantize_onnx
+from .onnx import ExportCheck, compare_onnx, export_onnx, halve_onnx, images_for, quantize_onnx
+from .preprocessing import describe_preprocessing
 
 
 LEAST_AGREEMENT = 0.9
-
-
-def describe_preprocessing(image_processor, labels: Sequence[str]) -> dict:
-    """
-    What happens to a picture before the model, for a reader without transformers (see `onnx_serving.py`).
-
-    Args:
-        image_processor: a Hugging Face image processor that resizes, crops, rescales and normalizes, or some of it.
-        labels (`Sequence[str]`): class names, in the order of the logits.
-
-    Raises:
-        ValueError: if the processor does something that cannot be described here.
-    """
-    settings = image_processor.to_dict()
-    size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
-    size = {name: value for name, value in dict(size).items() if value is not None}
-    if settings.get("do_pad") or (
-        settings.get("do_resize") and set(size) not in ({"height", "width"}, {"shortest_edge"})
-    ):
-        raise ValueError(f"Cannot describe an image processor that pads, or resizes to {size}.")
-    normalize = settings.get("do_normalize")
-    return {
-        "color": "RGB",
-        "resize": size if settings.get("do_resize") else None,
-        "resample": _RESAMPLING[int(image_processor.resample)],
-        "center_crop": {name: crop[name] for name in ("height", "width")} if settings.get("do_center_crop") else None,
-        "rescale_factor": settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
-        "mean": list(settings["image_mean"]) if normalize else [0.0] * 3,
-        "std": list(settings["image_std"]) if normalize else [1.0] * 3,
-        "input": "pixel_values: float32 (batch, 3, height, width)",
-        "output": "logits: float32 (batch, classes)",
-        "labels": list(labels),
-    }
-
-
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def export_for_serving(
@@ -61,10 +27,14 @@ def export_for_serving(
     folder: str | Path,
     images: torch.Tensor | None = None,
     int8: bool = False,
-) -> ExportCheck:
+    fp16: bool = False,
+) -> list[ExportCheck]:
     """
-    Write a folder that onnxruntime, numpy and Pillow can serve: `model.onnx`, `preprocessing.json`, `serve.py`,
-    `decoding.py`, `checksums.py`, a README, and `SHA256SUMS` of all.
+    Write a folder in the layout of https://huggingface.co/docs/transformers.js: `config.json` (`model_type: vit`, for
+    any family: a runner of the graph needs to know no more), `lambda_config.json` (the model's own),
+    `preprocessor_config.json`, `onnx/model.onnx`, and on request `onnx/model_fp16.onnx` and
+    `onnx/model_quantized.onnx`. Beside them `serve.py`, which needs onnxruntime, numpy and Pillow only, with
+    `decoding.py` and `checksums.py`; a README; and `SHA256SUMS` of all. The folder appears at once, whole.
 
     Args:
         model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode, float32.
@@ -72,41 +42,77 @@ def export_for_serving(
         folder (`str` or `Path`): created; must not exist, or be empty.
         images (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
             Processed real images to compare on; by default three images of noise.
-        int8 (`bool`, *optional*, defaults to `False`): 8-bit linear layers (see [`quantize_onnx`]).
+        int8 (`bool`, *optional*, defaults to `False`): also with 8-bit linear layers (see [`quantize_onnx`]).
+        fp16 (`bool`, *optional*, defaults to `False`): also in float16 (see [`halve_onnx`]).
 
     Returns:
-        [`ExportCheck`]: of the file in the folder against the PyTorch model.
+        `list` of [`ExportCheck`]: of each graph in the folder against the PyTorch model.
 
     Raises:
         FileExistsError: if the folder is not empty.
-        ValueError: if the model does not take float32 RGB images, on a difference in logits, and with `int8`, if fewer
-            than 90 % of given `images` keep their best class.
+        ValueError: if the model does not take float32 RGB images; on an option of the image processor that
+            transformers.js does not honour, which is named; on a difference in logits; and in int8 or float16 on NaN,
+            or if fewer than 90 % of given `images` keep their best class. Nothing is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Name another one.")
     if model.config.num_channels != 3 or next(model.parameters()).dtype != torch.float32:
         raise ValueError("A folder to serve holds a float32 model for RGB images.")
-    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    preprocessing = describe_preprocessing(image_processor, labels)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        exact = Path(scratch) / "model.onnx"
-        check = export_onnx(model, exact, images)
-        if int8:
-            quantized = Path(scratch) / "int8.onnx"
-            quantize_onnx(exact, quantized)
-            check = compare_onnx(model, quantized, images_for(model, images), batch_size=1)  # as it is served
-            if images is not None and check.top1_agreement < LEAST_AGREEMENT:
-                raise ValueError(f"8 bits are too few for this model. {check}. Export it without int8.")
-            exact = quantized
-        shutil.copyfile(exact, folder / "model.onnx")
-    check.file = "model.onnx"
-    _copy_code(folder)
-    _write_json(folder / "preprocessing.json", {**preprocessing, "one_image_at_a_time": int8})
-    (folder / "README.md").write_text(_readme(check, int8), encoding="utf-8")
-    write_checksums(folder)
-    return check
+    preprocessing = describe_preprocessing(image_processor)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        unfinished = Path(scratch) / folder.name
+        (unfinished / "onnx").mkdir(parents=True)
+        checks = _write_graphs(model, unfinished / "onnx", images, int8, fp16)
+        _write_json(unfinished / "config.json", describe_graph(model.config, int8))
+        (unfinished / MODEL_CONFIG).write_text(model.config.to_json_string(), encoding="utf-8")
+        _write_json(unfinished / "preprocessor_config.json", preprocessing)
+        _copy_code(unfinished)
+        (unfinished / "README.md").write_text(_readme(checks), encoding="utf-8")
+        write_checksums(unfinished)
+        if folder.is_dir():
+            folder.rmdir()
+        unfinished.rename(folder)
+    return checks
+
+
+def describe_graph(config, int8: bool) -> dict:
+    """
+    The content of `config.json`: a plain ViT, which names the file with the model's own config.
+
+    Args:
+        config: of the model; see [`LambdaViTConfig`].
+        int8 (`bool`): whether there is a file in int8, which transformers.js takes by default in a browser.
+    """
+    shape = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    return {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification"],
+        **{name: getattr(config, name) for name in shape},
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "lambda_config": MODEL_CONFIG,
+        **({} if int8 else {"transformers.js_config": {"dtype": "fp32"}}),
+    }
+
+
+def _write_graphs(
+    model: nn.Module, folder: Path, images: torch.Tensor | None, int8: bool, fp16: bool
+) -> list[ExportCheck]:
+    exact = folder / "model.onnx"
+    checks = [export_onnx(model, exact, images)]
+    smaller = {"model_fp16.onnx": (fp16, halve_onnx), "model_quantized.onnx": (int8, quantize_onnx)}
+    for name, (is_wanted, write) in smaller.items():
+        if is_wanted:
+            write(exact, folder / name)
+            check = compare_onnx(model, folder / name, images_for(model, images))
+            is_close = images is None or check.top1_agreement >= LEAST_AGREEMENT
+            if not (is_close and np.isfinite(check.max_difference)):
+                bits = 8 if name == "model_quantized.onnx" else 16
+                raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")
+            checks.append(check)
+    return checks
 
 
 def _copy_code(folder: Path) -> None:
@@ -120,24 +126,23 @@ def _copy_code(folder: Path) -> None:
     (folder / "serve.py").write_text(serving, encoding="utf-8")
 
 
-def _readme(check: ExportCheck, int8: bool) -> str:
-    kind = "8-bit linear layers" if int8 else "float32"
+def _readme(checks: list[ExportCheck]) -> str:
+    compared = "".join(f"- {check}\n" for check in checks)
     return (
-        f"# An image classifier for onnxruntime ({kind})\n\n"
+        "---\nlibrary_name: transformers.js\npipeline_tag: image-classification\ntags:\n- onnx\n---\n\n"
+        "# An image classifier in ONNX\n\n"
+        "With transformers.js, in a browser or Node (`dtype`: fp32; fp16 or q8 where the file is in `onnx/`):\n\n"
+        "```js\nconst classify = await pipeline('image-classification', 'USER/NAME', { dtype: 'fp32' });\n"
+        "await classify('picture.jpg');\n```\n\n"
+        "With onnxruntime alone:\n\n"
         "```bash\npip install onnxruntime numpy pillow\npython serve.py picture.jpg\n```\n\n"
         "```python\nimport PIL.Image\nfrom serve import OnnxImageClassifier\n\n"
         'print(OnnxImageClassifier(".").classify([PIL.Image.open("picture.jpg")]))\n```\n\n'
-        "`preprocessing.json` says what happens to a picture before the model, and what the classes are called.\n\n"
-        f"{_ONE_BY_ONE if int8 else ''}"
-        f"Compared with the PyTorch model it was exported from: {check}.\n\n"
+        "`config.json` says `vit` to whoever runs the graph; the config of the model that was exported is"
+        f" `{MODEL_CONFIG}`.\n\n"
+        f"Compared with the PyTorch model:\n\n{compared}\n"
         f"Exported with torch {version('torch')} and onnx {version('onnx')} by lambda-vit-hf.\n"
     )
-
-
-_ONE_BY_ONE = (
-    "Images run one by one: onnxruntime scales the activations of a whole batch by one number, so in a batch the"
-    " scores of an image would depend on the others.\n\n"
-)
 
 
 def _write_json(path: Path, values: dict) -> None:

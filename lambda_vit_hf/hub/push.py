@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from ..models.checksums import check_checksums
 from ..models.families import load_as_saved
 from ..models.finite import check_finite
+from .exported_folder import check_exported_folder, is_exported_folder
 
 
 class PushError(OSError):
@@ -73,11 +74,12 @@ def push_folder(
     timeout: float = TIMEOUT,
 ) -> PushResult:
     """
-    Push a saved model to the Hub in one commit. Of the folder's top level, only `PUSHED_FILES` are sent: no optimizer
-    state, pickles or checkpoints. An unchanged folder makes no new commit, so a failed push can be repeated.
+    Push a saved model to the Hub in one commit. Of the folder's top level, only `PUSHED_FILES` are sent (of an export
+    `EXPORTED_FILES`): no optimizer state, pickles or checkpoints. An unchanged folder makes no new commit, so a failed
+    push can be repeated.
 
     Args:
-        folder (`str` or `Path`): What `save_pretrained` or `lambda-vit train` wrote.
+        folder (`str` or `Path`): What `save_pretrained`, `lambda-vit train` or `lambda-vit export` wrote.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own. Created if it does not exist.
         private (`bool`, *optional*): Visibility of a repository created now; by default that of the account.
         token (`str`, *optional*): By default `HF_TOKEN`, or that of `hf auth login`.
@@ -109,8 +111,8 @@ def push_folder(
     ```
     """
     validate_repo_id(repo_id)
-    paths = check_folder(folder, force=force)
-    files = {path.name: path.stat().st_size for path in paths}
+    paths = check_exported_folder(folder) if is_exported_folder(folder) else check_folder(folder, force=force)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     if dry_run:
         return PushResult(files)
     given = {"private": private, "revision": revision, "create_pr": create_pr, "force": force}
@@ -129,7 +131,7 @@ def push_folder(
 
     def commit():
         # Built anew for each attempt: only then is the Hub asked again which files it already has.
-        operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder, name)) for name in files]
         options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         return api.create_commit(repo_id, operations, **options)
 

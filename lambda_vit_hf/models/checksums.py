@@ -15,19 +15,20 @@ from pathlib import Path
 MANIFEST = "SHA256SUMS"
 # What is loaded, run or reported. Not the README and logs, which their readers may write on.
 _LISTED_SUFFIXES = {".bin", ".json", ".onnx", ".png", ".pt", ".pt2", ".pth", ".py", ".safetensors"}
-_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\n]+)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]((?:onnx/)?[^/\\\n]+)")
 
 
 def write_checksums(folder: str | Path) -> Path:
     """
-    List the files at the top of a finished folder with their sha256, and return the list's path. It appears at once,
-    whole, and after what it lists was sent to the disk (on POSIX systems).
+    List the files at the top of a finished folder, and in its folder `onnx`, with their sha256, and return the list's
+    path. It appears at once, whole, and after what it lists was sent to the disk (on POSIX systems).
 
     Args:
         folder (`str` or `Path`): of a checkpoint, a finished model or an export.
     """
     folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in _LISTED_SUFFIXES and path.is_file())
+    found = [path for path in (*folder.iterdir(), *folder.glob("onnx/*")) if path.suffix in _LISTED_SUFFIXES]
+    names = sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
     lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names, to_disk=True).items()]
     temporary = folder / f".{MANIFEST}.{os.getpid()}"
     temporary.write_text("".join(lines), encoding="utf-8")

@@ -8,14 +8,22 @@ from lambda_vit_hf.cli import export
 
 
 def test_export_writes_the_folder_and_says_what_it_compared(folder, tmp_path, capsys):
-    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2"])
-    assert "largest difference of a logit" in capsys.readouterr().out
+    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2", "--fp16"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed[:2]] == ["model.onnx", "model_fp16.onnx"]
+    assert all("largest difference of a logit" in line for line in printed[:2])
     assert (tmp_path / "served" / "serve.py").is_file()
     export.main([str(folder), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
     assert (tmp_path / "program" / "model.pt2").is_file()
     for taken in (tmp_path / "served", tmp_path / "served" / "serve.py"):
         with pytest.raises(FileExistsError, match="not an empty folder"):
             export.main([str(folder), "--output_dir", str(taken)])
+
+
+@pytest.mark.parametrize("option", ["--int8", "--fp16"])
+def test_smaller_weights_are_for_onnx(tmp_path, option):
+    with pytest.raises(SystemExit):
+        export.main(["model", "--output_dir", str(tmp_path), "--format", "torch_export", option])
 
 
 def test_one_image_is_enough_to_compare_on(folder, tmp_path, capsys):

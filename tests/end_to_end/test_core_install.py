@@ -87,4 +87,4 @@ def test_the_core_alone_serves_and_selects(core):
 
 def test_without_a_dataset_the_extra_export_is_enough(core):
     assert core["export"] is None, core["export"]
-    assert (Path(core["exported"]) / "model.onnx").is_file()
+    assert (Path(core["exported"]) / "onnx" / "model.onnx").is_file()

@@ -1,6 +1,7 @@
 """Exported models give the logits of the models they came from."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -52,6 +53,8 @@ def test_onnx_gives_the_same_logits_for_any_batch(model, state, tmp_path, pixel_
     assert check.max_difference < 1e-4 and check.top1_agreement == 1.0
     assert check.file_bytes == (tmp_path / "model.onnx").stat().st_size
     assert [path.name for path in tmp_path.glob("*.onnx*")] == ["model.onnx"], "the weights belong in the file"
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert b".py" not in content, "paths of this machine are nobody's business"
     seven = pixel_values.repeat(3, 1, 1, 1)[:7]
     assert compare_onnx(model, tmp_path / "model.onnx", seven).max_difference < 1e-4
 
@@ -88,7 +91,19 @@ def test_int8_keeps_the_best_class_and_shrinks_the_file(removed, tmp_path):
     assert check.num_images == 40 and check.top1_agreement > 0.9
     assert 0 < check.max_difference < 1.0
     assert check.file_bytes < exact.file_bytes
-    assert "MatMulInteger" in {node.op_type for node in _graph(tmp_path / "int8.onnx").node}
+    (scan,) = _graph(tmp_path / "int8.onnx").node
+    assert "MatMulInteger" in {node.op_type for node in scan.attribute[0].g.node}
+
+
+def test_int8_logits_of_an_image_do_not_depend_on_its_batch(removed, tmp_path):
+    export_onnx(removed.eval(), tmp_path / "model.onnx")
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2)).numpy()
+    images[1] *= 10  # its activations would set the scale of all
+    (together,) = session.run(None, {"pixel_values": images})
+    alone = [session.run(None, {"pixel_values": image[None]})[0][0] for image in images]
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_no_pair_of_int8_products_overflows_16_bits_on_a_cpu_without_vnni(removed, tmp_path):
@@ -107,7 +122,7 @@ def _quantized_weights(path) -> dict[str, np.ndarray]:
     """The constant `(inputs, outputs)` of every product of integers."""
     from onnx import numpy_helper
 
-    graph = _graph(path)
+    graph = _graph(path).node[0].attribute[0].g  # of the scan over images
     constants = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     return {node.input[1]: constants[node.input[1]] for node in graph.node if node.op_type == "MatMulInteger"}
 

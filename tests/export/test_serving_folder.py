@@ -1,4 +1,4 @@
-"""The folder to serve: the same answers, with neither PyTorch nor transformers."""
+"""The exported folder: the Hub's layout, and the same answers with neither PyTorch nor transformers."""
 
 import json
 import os
@@ -8,18 +8,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import PIL.Image
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
-from transformers import ViTImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
 from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.data import decoding
 from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
+from lambda_vit_hf.export.onnx import compare_onnx, export_onnx, halve_onnx
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
-from lambda_vit_hf.export.serving_folder import describe_preprocessing, export_for_serving
+from lambda_vit_hf.export.preprocessing import describe_preprocessing
+from lambda_vit_hf.export.serving_folder import describe_graph, export_for_serving
+from lambda_vit_hf.hub.exported_folder import EXPORTED_FILES
 from tests.conftest import TINY, perturb
 
 
@@ -27,6 +31,7 @@ PROCESSORS = {
     "square": dict(size={"height": 16, "width": 16}),
     "crop": dict(size={"shortest_edge": 20}, do_center_crop=True, crop_size={"height": 16, "width": 16}, resample=3),
     "plain": dict(size={"height": 16, "width": 16}, do_normalize=False, resample=0),
+    "bytes": dict(size={"height": 16, "width": 16}, do_rescale=False, image_mean=[120, 110, 100], image_std=[0.5] * 3),
 }
 
 
@@ -35,11 +40,16 @@ def photographs():
     return [PIL.Image.fromarray(image) for image in load_sample_images().images]
 
 
+def with_preprocessing(kind) -> OnnxImageClassifier:
+    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
+    classifier.preprocessing = json.loads(json.dumps(describe_preprocessing(ViTImageProcessor(**PROCESSORS[kind]))))
+    return classifier
+
+
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_preprocessing_without_transformers_gives_the_same_pixels(kind, photographs):
     processor = ViTImageProcessor(**PROCESSORS[kind])
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = json.loads(json.dumps(describe_preprocessing(processor, ["a"])))
+    classifier = with_preprocessing(kind)
     for photograph in photographs:
         wide = photograph.crop((0, 0, 301, 200))
         for image in (photograph, wide, wide.rotate(90, expand=True)):
@@ -47,13 +57,12 @@ def test_preprocessing_without_transformers_gives_the_same_pixels(kind, photogra
             found = classifier.preprocess(image)
             assert found.shape == expected.shape and found.dtype == np.float32
             # Pillow and torchvision round resized bytes differently, by one of 255 here and there.
-            step = 1 / 255 / (0.5 if processor.do_normalize else 1.0)
+            step = (1 / 255 if processor.do_rescale else 1) / (0.5 if processor.do_normalize else 1.0)
             assert np.abs(found - expected).max() < 1.01 * step * (2 if kind == "crop" else 1)
 
 
 def test_odd_pictures_are_served_too(photographs):
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    classifier = with_preprocessing("square")
     gray = photographs[0].convert("L")
     deep = PIL.Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     expected = classifier.preprocess(gray.convert("RGB"))
@@ -62,15 +71,13 @@ def test_odd_pictures_are_served_too(photographs):
 
 
 def test_a_picture_of_too_many_pixels_is_not_served():
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    classifier = with_preprocessing("square")
     with pytest.raises(UnreadableImageError, match="20000 x 20000"):
         classifier.preprocess(PIL.Image.new("1", (20000, 20000)))
 
 
 def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    classifier = with_preprocessing("square")
     lying = photographs[0].rotate(90, expand=True)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to see it upright
@@ -80,8 +87,7 @@ def test_a_rotated_picture_is_turned_upright(photographs, tmp_path):
 
 
 def test_deep_and_floating_point_pictures_are_served_as_they_were_read_in_training(photographs):
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    classifier = with_preprocessing("square")
     gray = np.asarray(photographs[0].convert("L"))
     expected = classifier.preprocess(photographs[0].convert("L"))
     pictures = {"I": gray.astype(np.int32) * 257, "F in 255ths": gray / np.float32(1), "F": gray / np.float32(255)}
@@ -91,8 +97,7 @@ def test_deep_and_floating_point_pictures_are_served_as_they_were_read_in_traini
 
 
 def test_exif_data_of_a_wrong_type_do_not_stop_the_server(photographs, tmp_path):
-    classifier = OnnxImageClassifier.__new__(OnnxImageClassifier)
-    classifier.preprocessing = describe_preprocessing(ViTImageProcessor(**PROCESSORS["square"]), ["a"])
+    classifier = with_preprocessing("square")
     exif = PIL.Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, and a resolution
     damaged = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")  # written as a byte
@@ -100,11 +105,6 @@ def test_exif_data_of_a_wrong_type_do_not_stop_the_server(photographs, tmp_path)
     photographs[0].rotate(90, expand=True).save(tmp_path / "lying.png", exif=damaged)
     with PIL.Image.open(tmp_path / "lying.png") as picture:
         np.testing.assert_array_equal(classifier.preprocess(picture), classifier.preprocess(photographs[0]))
-
-
-def test_a_processor_that_cannot_be_described_is_refused():
-    with pytest.raises(ValueError, match="longest_edge"):
-        describe_preprocessing(ViTImageProcessor(size={"shortest_edge": 16, "longest_edge": 20}), ["a"])
 
 
 SERVE = """
@@ -126,10 +126,8 @@ print(json.dumps({"logits": classifier.logits(pictures).tolist(), "best": classi
 def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, photographs):
     removed.config.id2label = dict(enumerate(["ä", "b", "c", "d", "e"]))
     processor = ViTImageProcessor(**PROCESSORS["square"])
-    check = export_for_serving(removed.eval(), processor, tmp_path / "served")
+    (check,) = export_for_serving(removed.eval(), processor, tmp_path / "served")
     assert check.file == "model.onnx" and check.max_difference < 1e-4
-    names = ["README.md", "SHA256SUMS", "checksums.py", "decoding.py", "model.onnx", "preprocessing.json", "serve.py"]
-    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == names
     decoding_served = (tmp_path / "served" / "decoding.py").read_bytes()
     assert decoding_served == Path(decoding.__file__).read_bytes(), "pictures are decoded as in training"
     paths = []
@@ -156,16 +154,63 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
     assert "pip install onnxruntime numpy pillow" in Path(tmp_path / "served" / "README.md").read_text()
 
 
+def files_of(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_layout_is_that_of_the_hub(removed, tmp_path):
+    removed.config.id2label = dict(enumerate(["ä", "b", "c", "d", "e"]))
+    processor = ViTImageProcessor(**PROCESSORS["crop"])
+    folder = tmp_path / "new" / "served"
+    checks = export_for_serving(removed.eval(), processor, folder, int8=True, fp16=True)
+    assert [check.file for check in checks] == ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"]
+    assert files_of(folder) == set(EXPORTED_FILES), "and a push sends all of it"
+    assert [path.name for path in folder.parent.iterdir()] == ["served"], "nothing is left of the work"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.model_type == "vit" and config.architectures == ["ViTForImageClassification"]
+    assert config.id2label == removed.config.id2label and config.image_size == removed.config.image_size
+    own = json.loads((folder / config.lambda_config).read_text())
+    assert own["model_type"] == "lambda_vit" and own["attention_flags"] == removed.config.attention_flags
+    found, expected = (one.to_dict() for one in (AutoImageProcessor.from_pretrained(folder), processor))
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_browser_finds_the_file_that_transformers_js_takes_by_default(removed, int8):
+    # In a browser `model_quantized.onnx`, unless the config names another precision.
+    wanted = describe_graph(removed.config, int8).get("transformers.js_config", {"dtype": "q8"})["dtype"]
+    assert wanted == ("q8" if int8 else "fp32")
+
+
+def test_float16_takes_and_gives_float32(removed, tmp_path, pixel_values):
+    exact, halved = tmp_path / "model.onnx", tmp_path / "model_fp16.onnx"
+    export_onnx(removed.eval(), exact)
+    halve_onnx(exact, halved)
+    check = compare_onnx(removed, halved, pixel_values)
+    assert 0 < check.max_difference < 0.02 and check.file_bytes < exact.stat().st_size
+    weights = [one for one in onnx.load(halved).graph.initializer if len(one.dims) == 2]
+    assert weights and {one.data_type for one in weights} == {onnx.TensorProto.FLOAT16}
+
+
+def test_an_export_that_stops_half_way_leaves_nothing_that_looks_like_one(removed, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_folder, "write_checksums", lambda folder: 1 / 0)
+    folder = tmp_path / "new" / "served"
+    folder.mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError):
+        export_for_serving(removed.eval(), ViTImageProcessor(**PROCESSORS["square"]), folder)
+    assert list(folder.parent.rglob("*")) == [folder]
+
+
 def test_a_folder_in_int8_is_refused_where_it_spoils_the_answers(removed, tmp_path, monkeypatch):
     processor = ViTImageProcessor(**PROCESSORS["square"])
     images = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(serving_folder, "LEAST_AGREEMENT", 1.01)
     with pytest.raises(ValueError, match="8 bits are too few"):
         export_for_serving(removed.eval(), processor, tmp_path / "served", images, int8=True)
-    assert not (tmp_path / "served" / "model.onnx").exists()
+    assert not (tmp_path / "served").exists()
     monkeypatch.setattr(serving_folder, "LEAST_AGREEMENT", 0.5)
-    check = export_for_serving(removed.eval(), processor, tmp_path / "served", images, int8=True)
-    assert check.num_images == 10 and "8-bit" in (tmp_path / "served" / "README.md").read_text()
+    _, check = export_for_serving(removed.eval(), processor, tmp_path / "served", images, int8=True)
+    assert check.num_images == 10 and str(check) in (tmp_path / "served" / "README.md").read_text()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         export_for_serving(removed.eval(), processor, tmp_path / "served")
 
@@ -181,18 +226,18 @@ def in_int8(tmp_path_factory):
 
 
 def test_an_answer_in_int8_does_not_depend_on_the_other_pictures(in_int8, photographs):
-    classifier = OnnxImageClassifier(in_int8, num_threads=1)
+    classifier = OnnxImageClassifier(in_int8, "onnx/model_quantized.onnx", num_threads=1)
     white = PIL.Image.new("RGB", (16, 16), "white")
     together = classifier.logits([photographs[0], white, photographs[1]])
     alone = [classifier.logits([picture])[0] for picture in (photographs[0], white, photographs[1])]
     np.testing.assert_array_equal(together, alone)
-    pixels = np.stack([classifier.preprocess(picture) for picture in (photographs[0], white)])
-    (batch,) = classifier.session.run(["logits"], {"pixel_values": pixels})
-    assert np.abs(batch[0] - alone[0]).max() > 0, "if onnxruntime mends this, batches may run at once"
-    assert "one by one" in (in_int8 / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "preprocessing.json", "serve.py", "decoding.py", "checksums.py"])
+SERVED = ["onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "preprocessor_config.json", "serve.py",
+          "decoding.py", "checksums.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_a_damaged_or_swapped_file_is_not_served(in_int8, tmp_path, name):
     folder = shutil.copytree(in_int8, tmp_path / "served")
     content = bytearray((folder / name).read_bytes())

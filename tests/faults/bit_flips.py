@@ -118,7 +118,8 @@ def damage_everywhere(kinds: dict[str, Kind], number: int, seed: int, cut: bool 
     """So many flips, or cuts, in each kind of folder: a file at random, then a bit in it at random."""
     generator, outcomes = random.Random(seed), {}
     for name, kind in kinds.items():
-        files = sorted(path for path in kind.folder.iterdir() if path.is_file() and path.stat().st_size)
+        found = (*kind.folder.iterdir(), *kind.folder.glob("onnx/*"))
+        files = sorted(path for path in found if path.is_file() and path.stat().st_size)
         expected, outcomes[name] = kind.read(kind.folder), Counter()
         for _ in range(number):
             path = generator.choice(files)

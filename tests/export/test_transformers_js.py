@@ -1,0 +1,156 @@
+"""transformers.js in Node runs an exported folder as it is, and answers as PyTorch does.
+
+Runs where LAMBDA_VIT_NODE_MODULES names a folder in which the package was installed:
+
+    npm install --prefix FOLDER --save-exact @huggingface/transformers@4.3.2
+    LAMBDA_VIT_NODE_MODULES=FOLDER python -m pytest tests/export/test_transformers_js.py
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+from transformers import ViTImageProcessor
+
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
+from lambda_vit_hf.export.preprocessing import describe_preprocessing
+from lambda_vit_hf.export.serving_folder import export_for_serving
+
+
+NODE_MODULES = os.environ.get("LAMBDA_VIT_NODE_MODULES")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not NODE_MODULES, reason="LAMBDA_VIT_NODE_MODULES names no folder with transformers.js"),
+]
+PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
+DIGITS = load_digits()
+NUM_PICTURES = 50
+
+
+def in_node(**request) -> dict:
+    script = Path(__file__).with_name("transformers_js.mjs")
+    result = subprocess.run(
+        ["node", str(script), NODE_MODULES], input=json.dumps(request), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def gray_digits() -> list[PIL.Image.Image]:
+    """The last digits, 8 x 8 pixels: no resizing changes them."""
+    return [PIL.Image.fromarray((one * 255 / 16).astype(np.uint8)) for one in DIGITS.images[-NUM_PICTURES:]]
+
+
+@torch.no_grad()
+def probabilities(model) -> np.ndarray:
+    images = PROCESSOR([one.convert("RGB") for one in gray_digits()], return_tensors="pt")["pixel_values"]
+    return model(images).logits.softmax(dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, paths = tmp_path_factory.mktemp("pictures"), []
+    for index, digit in enumerate(gray_digits()):
+        paths.append(str(folder / f"{index}.png"))
+        digit.save(paths[-1])
+    return paths
+
+
+def train(model, steps: int) -> None:
+    gray = torch.tensor(DIGITS.images[:-NUM_PICTURES], dtype=torch.float32) * 255 / 16
+    images = (gray.floor() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
+    labels, generator = torch.tensor(DIGITS.target[:-NUM_PICTURES]), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    model.train()
+    for _ in range(steps):
+        batch = torch.randint(len(images), (64,), generator=generator)
+        cross_entropy(model(images[batch]).logits, labels[batch]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Folder and PyTorch's answers by name: a small trained ViT, and it without 2 of its 4 attentions, folded."""
+    torch.manual_seed(0)
+    config = LambdaViTConfig(
+        image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
+        initializer_range=0.1, id2label={digit: f"digit {digit}" for digit in range(10)},
+        label2id={f"digit {digit}": digit for digit in range(10)},
+    )  # fmt: skip
+    model, folder, found = LambdaViTForImageClassification(config), tmp_path_factory.mktemp("exports"), {}
+    train(model, 300)
+    found["whole"] = folder / "whole", probabilities(model)
+    export_for_serving(model, PROCESSOR, folder / "whole", int8=True)
+    model.remove_attention([0, 2])
+    train(model, 150)
+    model.fold_removed_attention()
+    model.prepare_for_inference()
+    found["removed"] = folder / "removed", probabilities(model)
+    export_for_serving(model, PROCESSOR, folder / "removed", int8=True)
+    return found
+
+
+def table(answers: list[list[dict]]) -> np.ndarray:
+    """Probabilities `(pictures, classes)`."""
+    order = [f"digit {digit}" for digit in range(10)]
+    scores = [{one["label"]: one["score"] for one in answer} for answer in answers]
+    return np.array([[one[label] for label in order] for one in scores])
+
+
+@pytest.mark.parametrize("name", ["whole", "removed"])
+def test_probabilities_are_those_of_pytorch(exports, pictures, name):
+    folder, expected = exports[name]
+    found = table(in_node(folder=str(folder), dtype="fp32", pictures=pictures)["together"])
+    accuracy = (expected.argmax(axis=1) == DIGITS.target[-NUM_PICTURES:]).mean()
+    print(f"{name}: top-1 {accuracy:.2f}, largest difference of a probability {np.abs(found - expected).max():.2g}")
+    assert accuracy > 0.8, "the model has learned something"
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["whole", "removed"])
+def test_int8_has_the_same_top_1_whatever_is_in_the_batch(exports, pictures, name):
+    folder, expected = exports[name]
+    answer = in_node(folder=str(folder), dtype="q8", pictures=pictures)
+    together, alone = table(answer["together"]), table(answer["alone"])
+    print(f"{name}, int8: largest difference of a probability {np.abs(alone - expected).max():.2g}")
+    np.testing.assert_array_equal(alone.argmax(axis=1), expected.argmax(axis=1))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+
+
+OPTIONS = {
+    "plain": {},
+    "no resizing": dict(do_resize=False),
+    "crop": dict(do_resize=False, do_center_crop=True, crop_size={"height": 5, "width": 6}),
+    "crop of more than there is": dict(do_resize=False, do_center_crop=True, crop_size={"height": 11, "width": 10}),
+    "bytes": dict(do_rescale=False, image_mean=[120, 110, 100]),
+    "another factor": dict(rescale_factor=1 / 127.5),
+    "shortest edge, then crop": dict(
+        size={"shortest_edge": 8}, do_center_crop=True, crop_size={"height": 7, "width": 8}
+    ),
+    "another mean": dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.3, 0.4, 0.5]),
+    "no normalizing": dict(do_normalize=False),
+    **{f"resample {resample}": dict(resample=resample) for resample in range(4)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_pixel_values_are_those_of_transformers(pictures, tmp_path, options):
+    processor = ViTImageProcessor(**{"size": {"height": 8, "width": 8}, **OPTIONS[options]})
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(describe_preprocessing(processor)))
+    colored = [str(tmp_path / "colored.png"), *pictures[:2]]
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(colored[0])
+    for path, one in zip(colored, in_node(folder=str(tmp_path), pictures=colored)["pixel_values"], strict=True):
+        expected = processor(PIL.Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
+        found = np.array(one["data"]).reshape(one["dims"])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
