@@ -99,8 +99,8 @@ def test_named_source_files_exist(document):
     files = {path.as_posix() for folder in ROOT.iterdir() if folder.name[0] != "." for path in folder.rglob("*")}
     files |= {path.as_posix() for path in ROOT.iterdir()}
     named = re.findall(r"`([\w/]+(?:\.(?:py|json|yaml|ipynb)|/))`", document.read_text(encoding="utf-8"))
-    written_by_programs = {"config.json", "metrics.json", "preprocessor_config.json", "selection.json",
-                           "trainer_state.json", "serve.py", "site/"}  # fmt: skip
+    written_by_programs = {"config.json", "lambda_config.json", "metrics.json", "preprocessor_config.json",
+                           "selection.json", "trainer_state.json", "serve.py", "site/"}  # fmt: skip
     named = {name.rstrip("/") for name in named if name not in written_by_programs and "NAME" not in name}
     assert [name for name in named if not any(file.endswith("/" + name) for file in files)] == []
 

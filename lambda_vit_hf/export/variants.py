@@ -5,7 +5,7 @@ timm, timm+removed                 timm's ViT; without the removed layers' atten
 lambda+removed+folded+prepared     this package's
 outputs/digits+prepared+bf16       a checkpoint, and what is done to it
 lambda+removed+folded+onnx+int8    in onnxruntime
-outputs/digits_onnx/model.onnx     an ONNX file as it is
+outputs/digits_onnx/onnx/model.onnx  an ONNX file as it is
 """
 
 import copy

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from lambda_vit_hf.export.onnx import export_onnx
+from lambda_vit_hf.export.serving_folder import export_for_serving
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.run import run_training
 
@@ -101,9 +101,10 @@ def test_every_family_opens_without_the_package(finished, logits, pixel_values, 
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_onnx_file_gives_the_same_logits(logits, pixel_values, tmp_path, name):
+def test_the_export_gives_the_same_logits(logits, pixel_values, tmp_path, name):
     model, expected = logits[name]
-    export_onnx(model.eval().prepare_for_inference(), tmp_path / "model.onnx", pixel_values)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    processor, folder = ViTImageProcessor(size={"height": 8, "width": 8}), tmp_path / "export"
+    export_for_serving(model.eval().prepare_for_inference(), processor, folder, int8=True, fp16=True)
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"pixel_values": pixel_values.numpy()})
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)

@@ -47,8 +47,9 @@ def test_an_edited_config_is_refused(kinds, edit, value):
 
 def test_a_swapped_onnx_file_is_refused(kinds):
     folder = kinds["export"].folder
-    whole = (folder / "model.onnx").read_bytes()
-    (folder / "model.onnx").write_bytes(whole + b"\0")
+    graph = folder / "onnx" / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole + b"\0")
     with pytest.raises(OSError, match=r"model\.onnx"):
         read_export(folder)
-    (folder / "model.onnx").write_bytes(whole)
+    graph.write_bytes(whole)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lambda_vit_hf import LambdaViTForImageClassification
+from lambda_vit_hf.hub.exported_folder import EXPORTED_FILES
 from lambda_vit_hf.hub.push import push_folder
 from lambda_vit_hf.models.checksums import write_checksums
 from tests.hub_server import TOKEN, Fault, HubServer
@@ -237,6 +238,18 @@ def test_only_files_meant_for_others_arrive(client, hub, folder):
     assert result["files"] == {name: (folder / name).stat().st_size for name in expected}
     assert commits(hub) == ["Six layers"]
     assert result["commit_url"] == f"{hub.url}/tester/tiny/commit/{hub.repos['tester/tiny'].find('main').oid}"
+
+
+def test_an_export_arrives_under_its_paths(client, hub, tmp_path):
+    for name in (*EXPORTED_FILES, "onnx/model.pt", "optimizer.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path)
+    push(client, tmp_path)
+    files = hub.repos["tester/tiny"].files()
+    assert {name: files[name] for name in files if name != ".gitattributes"} == {
+        name: (tmp_path / name).read_bytes() for name in EXPORTED_FILES
+    }
 
 
 def test_a_snapshot_of_the_repository_holds_the_pushed_bytes(client, hub, folder):
