@@ -2,7 +2,7 @@
 
 Runs where LAMBDA_VIT_NODE_MODULES names a folder in which the package was installed:
 
-    npm install --prefix FOLDER --save-exact @huggingface/transformers@4.3.2
+    npm install --prefix FOLDER --ignore-scripts --save-exact @huggingface/transformers@4.3.2
     LAMBDA_VIT_NODE_MODULES=FOLDER python -m pytest tests/export/test_transformers_js.py
 """
 
