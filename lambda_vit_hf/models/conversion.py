@@ -203,7 +203,13 @@ def _stored_grid(
         return patch_grid(stored_image_size or image_size or [14 * side for side in patch_size], patch_size)
     num_patches = tensors["pos_embed"].shape[-2] - layout.num_prefix_positions
     if stored_image_size is not None:
-        return patch_grid(stored_image_size, patch_size)
+        grid = patch_grid(stored_image_size, patch_size)
+        if grid[0] * grid[1] != num_patches:
+            raise ValueError(
+                f"{path} has {num_patches} position embeddings of patches, but `stored_image_size` {stored_image_size}"
+                f" makes a grid of {grid[0]} x {grid[1]}."
+            )
+        return grid
     wanted = None if image_size is None else patch_grid(image_size, patch_size)
     if wanted is not None and wanted[0] * wanted[1] == num_patches and wanted[0] != wanted[1]:
         raise ValueError(
