@@ -4,6 +4,7 @@ python docs/images/overview.py
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -41,9 +42,11 @@ def accuracies(axis) -> None:
     places, labels = [], []
     for group, (name, shown) in enumerate((("digits", "digits"), ("fashion_mnist", "Fashion-MNIST"))):
         data = json.loads((ROOT / "results" / f"{name}_comparison.json").read_text(encoding="utf-8"))
-        rows = {(row["strategy"], row["num_removed"]): row["top1_diluted"] for row in data["table"]}
-        for place, (key, color) in enumerate(((("control", 0), KEPT), (("nose", 6), REMOVED))):
-            mean, deviation = 100 * rows[key]["mean"], 100 * rows[key]["deviation"]
+        by_default = {"output": "class_head", "mask": "identity", "compare": "magnitude", "num_removed": 6}
+        removed = [choice["top1_diluted"] for choice in data["choices"] if by_default.items() <= choice.items()]
+        control = [run["top1_diluted"] for run in data["controls"]]
+        for place, (values, color) in enumerate(((control, KEPT), (removed, REMOVED))):
+            mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
             x = 3 * group + place
             axis.bar(x, mean, yerr=deviation, color=color, capsize=3)
             axis.text(x, 81, f"{mean:.1f}", ha="center", color="white", fontsize=8)
