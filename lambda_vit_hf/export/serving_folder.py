@@ -50,8 +50,8 @@ def export_for_serving(
 
     Raises:
         FileExistsError: if the folder is not empty.
-        ValueError: if the model does not take float32 RGB images; on an option of the image processor that
-            transformers.js does not honour, which is named; on a difference in logits; and in int8 or float16 on NaN,
+        ValueError: if the model has no class head, or does not take float32 RGB images; on an option of the image
+            processor that transformers.js does not honour, which is named; on a difference in logits; and in int8 or float16 on NaN,
             or if fewer than 90 % of given `images` keep their best class. Nothing is left behind.
     """
     folder = Path(folder)
@@ -59,6 +59,8 @@ def export_for_serving(
         raise FileExistsError(f"{folder} exists and is not an empty folder. Name another one.")
     if model.config.num_channels != 3 or next(model.parameters()).dtype != torch.float32:
         raise ValueError("A folder to serve holds a float32 model for RGB images.")
+    if not getattr(model, "has_class_head", True):
+        raise ValueError(f"{type(model).__name__} has no class head: only image classifiers are exported to serve.")
     preprocessing = describe_preprocessing(image_processor)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:

@@ -5,7 +5,7 @@ This file does not travel with saved models.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -185,16 +185,9 @@ DINOV2 = TimmLayout(
     gated={"mlp.fc1": ["mlp.gate_proj", "mlp.up_proj"], "mlp.fc2": ["mlp.down_proj"]},
     config=_config_of_dinov2,
 )
-DINOV2_WITH_REGISTERS = TimmLayout(
-    kind="Model",
-    base="",
-    blocks="encoder.layer.{}",
-    modules=_STEM,
+DINOV2_WITH_REGISTERS = replace(
+    DINOV2,
     tensors={**_TOKENS, "reg_token": "embeddings.register_tokens"},
-    block_modules=_DINO_BLOCK,
-    block_tensors=DINOV2.block_tensors,
-    gated=DINOV2.gated,
-    config=_config_of_dinov2,
     arranged=_with_position_of_class_token,
 )
 DINOV3 = TimmLayout(

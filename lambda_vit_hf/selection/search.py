@@ -6,7 +6,7 @@ Source: Lin et al., CVPR 2024, section 3.2, equation 5.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,23 +130,24 @@ class AttentionSearch:
         return picked
 
     def output_change(self, sets: Sequence[Iterable[int]]) -> list[OutputChange]:
-        """How each set of masked layers changes the output, over all calibration images, in one pass."""
-        sets = [frozenset(), *(frozenset(layers) for layers in sets)]
+        """How each set of masked layers changes the output, over all calibration images; their TE in the same pass."""
+        sets = [frozenset(layers) for layers in sets]
+        distinct = list(dict.fromkeys([frozenset(), *sets]))
         of_classes = self.forward.output == "class_head"
-        sums = torch.zeros(len(sets), 2, dtype=torch.float64)
+        sums = {one: torch.zeros(2, dtype=torch.float64) for one in distinct}
 
-        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            outputs = {
-                position: features.double()
-                for positions, features in self.forward(pixel_values, sets)
-                for position in positions
-            }
-            for position, masked in outputs.items():
-                sums[position] += _sum_of_changes(outputs[0], masked, of_classes)
+        def compare(outputs: dict[frozenset[int], torch.Tensor]) -> None:
+            whole = outputs[frozenset()].double()
+            for one in distinct:
+                sums[one] += _sum_of_changes(whole, outputs[one].double(), of_classes)
 
-        self.passes.for_each_batch(measure, f"output of {len(sets)} sets")
-        means = gather(sum(gather(sums)) / self.passes.batches.num_images)[0].tolist()
-        return [OutputChange(divergence, same if of_classes else None) for divergence, same in means[1:]]
+        self._measure(distinct, num_folds=1, compare=compare)
+        means = gather(sum(gather(torch.stack(list(sums.values())))) / self.passes.batches.num_images)[0].tolist()
+        changes = {
+            one: OutputChange(divergence, same if of_classes else None)
+            for one, (divergence, same) in zip(distinct, means, strict=True)
+        }
+        return [changes[one] for one in sets]
 
     def measure_pairs(self) -> list[list[float | None]]:
         """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
@@ -157,24 +158,34 @@ class AttentionSearch:
             matrix[one][other] = matrix[other][one] = value
         return matrix
 
-    def _measure(self, sets: list[frozenset[int]], num_folds: int) -> list[GaussianEntropy]:
-        """One pass that measures the output with each of `sets` masked, and once unmasked: all share their blocks."""
-        estimates = [GaussianEntropy(num_folds) for _ in sets]
+    def _measure(
+        self, sets: list[frozenset[int]], num_folds: int, compare: Callable[[dict], None] | None = None
+    ) -> list[GaussianEntropy]:
+        """
+        One pass that measures the output with each of `sets` masked, each given once, and the first time unmasked: all
+        share their blocks. `compare` gets the outputs of a batch, by set.
+        """
+        estimates = {one: GaussianEntropy(num_folds) for one in sets}
         if self.unmasked is None:
             self.unmasked = GaussianEntropy(self.passes.batches.num_folds)
-            sets, estimates = [frozenset(), *sets], [self.unmasked, *estimates]
+            estimates = {frozenset(): self.unmasked} | {one: estimates[one] for one in sets if one}
+        measured = list(estimates)
 
         def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            for positions, features in self.forward(pixel_values, sets):
-                for position in positions:
-                    estimates[position].update(features, folds)
+            outputs = {}
+            for (position,), features in self.forward(pixel_values, measured):
+                estimates[measured[position]].update(features, folds)
+                if compare is not None:
+                    outputs[measured[position]] = features
+            if compare is not None:
+                compare(outputs)
 
-        self.passes.for_each_batch(measure, f"transfer entropy of {len(sets)} sets")
-        merge_across_processes(estimates)
+        self.passes.for_each_batch(measure, f"transfer entropy of {len(measured)} sets")
+        merge_across_processes(list(estimates.values()))
         # Rounding may differ between processes' hardware, but what they pick must not: the values of the first count.
-        values = gather([estimate.value() for estimate in estimates])[0]
-        self._values |= dict(zip(sets, values, strict=True))
-        return [estimate for estimate in estimates if estimate is not self.unmasked]
+        values = gather([estimate.value() for estimate in estimates.values()])[0]
+        self._values = dict(zip(measured, values, strict=True)) | self._values
+        return [estimates[one] for one in sets]
 
 
 def _sum_of_changes(whole: torch.Tensor, masked: torch.Tensor, of_classes: bool) -> torch.Tensor:

@@ -13,6 +13,7 @@ from lambda_vit_hf import LambdaViTModel, SelectionConfig, select_attention_laye
 from lambda_vit_hf.evaluation.accounting import count_macs, count_parameters
 from lambda_vit_hf.evaluation.plotting import plot_removal_curve
 from lambda_vit_hf.evaluation.removal_curve import CurvePoint, RemovalCurve, removal_curve
+from lambda_vit_hf.selection.calibration_passes import CalibrationPasses
 from lambda_vit_hf.selection.result import AttentionSelection
 from tests.conftest import in_two_processes
 
@@ -150,3 +151,16 @@ def curve_of_model_without_speeds(curve):
     for point in points:
         object.__setattr__(point, "images_per_second", None)
     return RemovalCurve(points, curve.selection)
+
+
+def test_entropy_and_divergence_of_a_set_take_one_pass(model, monkeypatch):
+    passes = []
+    for_each_batch = CalibrationPasses.for_each_batch
+    monkeypatch.setattr(
+        CalibrationPasses, "for_each_batch", lambda self, *how: (passes.append(how[1]), for_each_batch(self, *how))[1]
+    )
+    removal_curve(model, IMAGES[:8], SelectionConfig(strategy="last"), compare_with=["first"], disable_tqdm=True)
+    assert passes == [
+        "layer entropies",
+        "transfer entropy of 11 sets",
+    ]

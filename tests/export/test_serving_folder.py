@@ -245,3 +245,9 @@ def test_a_damaged_or_swapped_file_is_not_served(in_int8, tmp_path, name):
     (folder / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name}: not the content that SHA256SUMS lists"):
         OnnxImageClassifier(folder)
+
+
+def test_a_model_without_class_head_is_refused_in_words(removed, tmp_path):
+    with pytest.raises(ValueError, match="LambdaViTModel has no class head"):
+        export_for_serving(removed.base_model, ViTImageProcessor(size={"height": 16, "width": 16}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
