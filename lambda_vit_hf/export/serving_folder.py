@@ -51,8 +51,8 @@ def export_for_serving(
     Raises:
         FileExistsError: if the folder is not empty.
         ValueError: if the model has no class head, or does not take float32 RGB images; on an option of the image
-            processor that transformers.js does not honour, which is named; on a difference in logits; and in int8 or float16 on NaN,
-            or if fewer than 90 % of given `images` keep their best class. Nothing is left behind.
+            processor that transformers.js does not honour, which is named; on a difference in logits; and in int8 or
+            float16 on NaN, or if fewer than 90 % of given `images` keep their best class. Nothing is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
