@@ -13,7 +13,12 @@ transfer entropy, top-1 right after removal and top-1 after dilution (each disti
 whole model too, for as long: the control); what NOSE picks with each output, mask and comparison; and random sets, for
 the correlation of transfer entropy with the loss of accuracy. `--fades identity skip` does it for each thing that
 attention can fade to, and `--budgets 2 6` for trainings of so many epochs. A strategy masks as attention fades, but
-`nose:skip` always by `skip`. Other options override fields of the recipe.
+`nose:skip` always by `skip`; `random:0 random:1` are several draws; `loss` and `loss_gradient` use labels. `--blocks`
+removes whole blocks too, as many as save the same. Other options override fields of the recipe; with `--distillation`
+the teacher is the base model.
+
+The last tables: how far each strategy ends behind the best of all sets that were trained (its regret), and which
+figure taken before training ranks the trained sets as training does.
 
 Figures are in OUTPUT_DIR.json after each training. The same command goes on where it was stopped, and with other
 strategies, numbers, fades or budgets it takes over the trainings that are done.
@@ -23,15 +28,15 @@ import argparse
 import itertools
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.comparison_tables import measured_after, print_tables, tabulate
+
 
 STRATEGIES = ["nose", "exhaustive", "beam", "lowest_entropy", "cosine", "first", "last", "random"]
-CHOICE = ("output", "mask", "compare")
 ASKED = (
     "strategies",
     "num_removed",
@@ -39,14 +44,8 @@ ASKED = (
     "budgets",
     "num_random_sets",
     "train_choices",
+    "blocks",
 )  # of the same trainings
-MEASURED = {
-    "transfer_entropy": "TE (nats)",
-    "top1_before": "top-1 before (%)",
-    "top1_skip": "skipped (%)",
-    "top1_identity": "doubled (%)",
-    "top1_diluted": "diluted (%)",
-}
 
 
 def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +64,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--num_train_images", type=int, help="train on this many, evenly spaced; all by default")
     parser.add_argument("--random_sets", type=int, default=48, help="per seed, of the least and most layers; 0: none")
     parser.add_argument("--train_choices", action="store_true", help="dilute what NOSE picks with each choice, too")
+    parser.add_argument("--blocks", action="store_true", help="whole blocks too, at equal multiply-accumulates")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
     options, overrides = parser.parse_known_args(argv)
     if options.base_models and len(options.base_models) != len(options.seeds):
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         print_tables(_completed(json.loads(Path(options.recipe).read_text(encoding="utf-8"))))
         return
 
-    from benchmarks.comparison import Experiment
+    from benchmarks.experiment import Experiment
     from lambda_vit_hf.evaluation.throughput import describe_environment
 
     path = options.output_dir.with_suffix(".json")
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_images": options.num_train_images, "num_random_sets": options.random_sets,
         "train_choices": options.train_choices, "base_models": options.base_models,
         "fades": options.fades, "budgets": options.budgets, "num_masked_images": options.num_masked_images,
+        "blocks": options.blocks,
     }  # fmt: skip
     results = open_results(path, settings)
     experiment = Experiment(
@@ -132,7 +133,7 @@ def _completed(results: dict) -> dict:
     """Figures of an earlier version, which knew fewer settings."""
     for name in ("base_models", "num_masked_images"):
         results["settings"].setdefault(name, None)
-    results["settings"] = {"fades": ["identity"], "budgets": [None]} | results["settings"]
+    results["settings"] = {"fades": ["identity"], "budgets": [None], "blocks": False} | results["settings"]
     for run in results["runs"]:  # of a version that knew no other fade, and masked by `skip`
         run.setdefault("fade_to", "identity")
     return results
@@ -145,7 +146,7 @@ def measure(results: dict, options: argparse.Namespace, base) -> None:
     choices = [] if options.no_choices else base.compare_choices(options.num_removed)
     numbers = sorted({min(options.num_removed), max(options.num_removed)}) if options.random_sets else []
     random_sets = [base.measure_random_sets(number, options.random_sets) for number in numbers]
-    results["runs"] += runs
+    results["runs"] += runs + (base.compare_blocks(options.num_removed) if options.blocks else [])
     results["choices"] += choices
     results["random_sets"] += random_sets
 
@@ -163,7 +164,8 @@ def train(results: dict, options: argparse.Namespace, experiment, checkpoints: d
         key = name_training(run, epochs)
         if key not in results["trainings"]:
             start, seed = time.monotonic(), run["seed"]
-            top1 = experiment.dilute(run["layers"], run.get("fade_to") or None, seed, checkpoints[seed], epochs)
+            fade_to, blocks = run.get("fade_to") or None, tuple(run.get("blocks", ()))
+            top1 = experiment.dilute(run["layers"], fade_to, seed, checkpoints[seed], epochs, blocks)
             results["trainings"][key] = {"top1": top1, "seconds": round(time.monotonic() - start, 1)}
             print(f"{number} of {len(runs)}: {key}: top-1 {top1:.4f}", flush=True)
         run[measured_after(epochs)] = results["trainings"][key]["top1"]
@@ -175,80 +177,12 @@ def train(results: dict, options: argparse.Namespace, experiment, checkpoints: d
 
 
 def name_training(run: dict, epochs: float | None = None) -> str:
-    name = f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
+    if run.get("blocks"):
+        name = f"seed {run['seed']}, blocks {' '.join(map(str, run['blocks']))}"
+    else:
+        name = f"seed {run['seed']}, layers {' '.join(map(str, run['layers'])) or 'none'}"
     faded = f", faded to {run['fade_to']}" if run.get("fade_to", "") not in ("", "identity") else ""
     return name + faded + ("" if epochs is None else f", {epochs:g} epochs")
-
-
-def measured_after(epochs: float | None) -> str:
-    """Name of the accuracy after a training of this many epochs; `None`: of the recipe's."""
-    return "top1_diluted" if epochs is None else f"top1_after_{epochs:g}_epochs"
-
-
-def title_of(name: str) -> str:
-    return MEASURED.get(name) or f"after {name.removeprefix('top1_after_').removesuffix('_epochs')} epochs (%)"
-
-
-def tabulate(runs: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Mean and standard deviation over seeds of what every seed has, by number of removed layers and `keys`."""
-    keys = ("num_removed", *keys)
-    groups: dict[tuple, list[dict]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run.get(key, "") for key in keys), []).append(run)
-    rows = []
-    for group, same in groups.items():
-        row = {**dict(zip(keys, group, strict=True)), "layers": [run["layers"] for run in same]}
-        names = {name: None for run in same for name in run if name in MEASURED or name.startswith("top1_after_")}
-        for name in names:
-            values = [run[name] for run in same if name in run]
-            if len(values) == len(same):
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                row[name] = {"mean": statistics.mean(values), "deviation": deviation}
-        rows.append(row)
-    return rows
-
-
-def print_tables(results: dict) -> None:
-    print_rows(results["table"], ("fade_to", "strategy"))
-    if results["choices"]:
-        print_rows(tabulate(results["choices"], CHOICE), CHOICE)
-    if results["random_sets"]:
-        print_correlations(results["random_sets"])
-
-
-def print_rows(rows: list[dict], keys: tuple[str, ...]) -> None:
-    from lambda_vit_hf.evaluation.throughput import markdown_table
-
-    def cell(row: dict, name: str) -> str:
-        if name not in row:
-            return ""
-        scale, digits = (1, 3) if name == "transfer_entropy" else (100, 2)
-        return f"{scale * row[name]['mean']:.{digits}f} ± {scale * row[name]['deviation']:.{digits}f}"
-
-    names = {name: None for row in rows for name, value in row.items() if isinstance(value, dict)}
-    measured = sorted(names, key=lambda name: list(MEASURED).index(name) if name in MEASURED else len(MEASURED))
-    cells = [
-        [row["num_removed"], *(row.get(key, "") for key in keys), *(cell(row, name) for name in measured),
-         "; ".join(" ".join(map(str, chosen)) or "none" for chosen in row["layers"])]
-        for row in rows
-    ]  # fmt: skip
-    print(f"\n{markdown_table(['removed', *keys, *map(title_of, measured), 'layers'], cells)}")
-
-
-def print_correlations(random_sets: list[dict]) -> None:
-    """Rank correlation of TE with the loss of top-1 over random sets, doubled: mean over seeds (least to most)."""
-    from lambda_vit_hf.evaluation.throughput import markdown_table
-
-    rows = []
-    for number in sorted({measured["num_removed"] for measured in random_sets}):
-        of_seeds = [measured["correlations"] for measured in random_sets if measured["num_removed"] == number]
-        for same in zip(*of_seeds, strict=True):
-            row = [number, *(same[0][name] for name in CHOICE)]
-            for name in ("with_loss_identity", "with_loss_identity_without_worst"):
-                known = [one[name] for one in same if one[name] is not None]
-                row.append(f"{statistics.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "")
-            rows.append(row)
-    print(f"\n{markdown_table(['removed', *CHOICE, 'all sets', 'without the layer that costs most'], rows)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .accounting import count_macs, count_parameters
 from .throughput import describe_environment, images_per_second
 
 
-COMPARED = ("cosine", "attention_deviation", "first", "last", "random")
+COMPARED = ("cosine", "attention_deviation", "weight_entropy", "first", "last", "random")
 
 
 @dataclass(frozen=True)

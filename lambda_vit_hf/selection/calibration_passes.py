@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from .calibration import CalibrationBatches
 from .entropy import GaussianEntropy, merge_across_processes
-from .processes import gather
 
 
 class CalibrationPasses:
@@ -71,54 +70,3 @@ class CalibrationPasses:
     def _shifts_of_folding(self) -> list[float]:
         """What a folded layer's entropies lack, in nats: its stream is stored smaller, and so is what adds to it."""
         return [self.model.config.hidden_size * math.log(scale) for scale in self.model.stream_scales()[1:]]
-
-    def attention_influence(self) -> list[float | None]:
-        """
-        How much each layer's attention changes the direction of its input: 1 - cos(x, x + Attention(LayerNorm(x))),
-        the mean over images and tokens; `None` without attention. The block influence of ShortGPT (arXiv 2403.03853)
-        and LLM-Drop (arXiv 2406.15786).
-        """
-        layers = self.model.encoder_layers
-        sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
-
-        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            hidden_states, extra = self.model.embed(pixel_values)
-            sums[-1] += hidden_states.shape[0] * hidden_states.shape[1]
-            for index, layer in enumerate(layers):
-                mixed = layer.mix_tokens(hidden_states, **extra)
-                cosine = torch.cosine_similarity(hidden_states.double(), mixed.double(), dim=-1)
-                sums[index] += (1 - cosine).sum().cpu()
-                hidden_states = layer.feed_forward(mixed)
-
-        self.for_each_batch(measure, "attention influence")
-        sums = sum(gather(sums))
-        means = (sums[:-1] / sums[-1]).tolist()
-        return [mean if layer.has_attention else None for layer, mean in zip(layers, means, strict=True)]
-
-    def attention_deviation(self) -> list[float | None]:
-        """
-        How much each layer's attention maps depend on the image: the standard deviation over images of each attention
-        probability, the mean over heads, queries and keys; `None` without attention. (arXiv 2605.22132 replaces the
-        attention of least deviation by convolution.)
-        """
-        layers, implementation = self.model.encoder_layers, self.model.config._attn_implementation
-        moments: list = [0.0 if layer.has_attention else None for layer in layers]
-
-        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-            hidden_states, extra = self.model.embed(pixel_values)
-            for index, layer in enumerate(layers):
-                if layer.has_attention:
-                    maps = layer.attention_maps(hidden_states, **extra).double()
-                    moments[index] += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)]).cpu()
-                hidden_states = layer.feed_forward(layer.mix_tokens(hidden_states, **extra))
-
-        self.model.set_attn_implementation("eager")  # the only one that gives its maps
-        try:
-            self.for_each_batch(measure, "attention maps")
-        finally:
-            self.model.set_attn_implementation(implementation)
-        return [None if of_layer is None else self._mean_deviation(gather(of_layer)) for of_layer in moments]
-
-    def _mean_deviation(self, moments: list[torch.Tensor]) -> float:
-        first, second = sum(moments) / self.batches.num_images
-        return (second - first.square()).clamp(min=0).sqrt().mean().item()

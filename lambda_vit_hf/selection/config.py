@@ -21,9 +21,8 @@ class SelectionConfig:
 
     Args:
         strategy (`str` or callable, *optional*, defaults to `"nose"`):
-            A name of `STRATEGIES`: `"nose"`, `"beam"`, `"exhaustive"`, `"divergence"`, `"lowest_entropy"`, `"cosine"`,
-            `"attention_deviation"`, `"first"`, `"last"` or `"random"`; or a function from an [`AttentionSearch`] to
-            layers in order.
+            A name of `STRATEGIES` (docs/nose.md lists them): `"nose"`, `"divergence"`, `"cosine"`, `"last"`, ...; or a
+            function from an [`AttentionSearch`] to layers in order.
         output (`str`, *optional*):
             Where entropy is measured: `"class_head"` (logits; the default where there is a trained head),
             `"class_token"` or `"token_mean"`, both after the final LayerNorm.

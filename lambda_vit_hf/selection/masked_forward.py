@@ -26,6 +26,7 @@ class MaskedForward:
         model ([`LambdaPreTrainedModel`]): in eval mode.
         output (`str`): what is returned: `"class_head"`, `"class_token"` or `"token_mean"`, after the final LayerNorm.
         mask (`str`): a masked layer passes its input on (`"skip"`), or doubles it (`"identity"`).
+        share (`float`, *optional*, defaults to 1): how much of a masked layer is masked, in (0, 1]: 1 - its lambda.
         reuse_prefixes (`bool`, *optional*, defaults to `True`): `False` computes every set from the image on.
 
     Attributes:
@@ -33,8 +34,9 @@ class MaskedForward:
             of which only the MLP is left, and a block for the class token alone count as whole ones.
     """
 
-    def __init__(self, model, output: str, mask: str, reuse_prefixes: bool = True):
+    def __init__(self, model, output: str, mask: str, reuse_prefixes: bool = True, share: float = 1.0):
         self.model, self.output, self.mask, self.reuse_prefixes = model, output, mask, reuse_prefixes
+        self.share = share
         self._only_class_token_counts = reuse_prefixes and model.reads_class_token_only(output)
         self._extra: dict = {}  # what every block is called with, of the batch at hand
         self.blocks = 0
@@ -66,12 +68,16 @@ class MaskedForward:
         layer = self.model.encoder_layers[index]
         # Without attention tokens do not see each other: above the last one only the measured token is computed.
         first_only = self._only_class_token_counts and not self._is_attention_left(index, pending)
-        if is_masked:
-            hidden_states = 2 * hidden_states if self.mask == "identity" else hidden_states
-        else:
+        masked = 2 * hidden_states if self.mask == "identity" else hidden_states
+        if not is_masked:
             hidden_states = layer.mix_tokens(hidden_states, **self._extra)
+        elif self.share < 1:
+            mixed = layer.mix_tokens(hidden_states, **self._extra)
+            hidden_states = mixed + self.share * (masked - mixed)
+        else:
+            hidden_states = masked
         return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
 
     def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:
         above = [layer for layer in self.model.config.kept_layers if layer > index]
-        return any(layer not in masked for layer in above for _, masked in pending)
+        return any(self.share < 1 or layer not in masked for layer in above for _, masked in pending)

@@ -15,6 +15,7 @@ import torch
 from .calibration_passes import CalibrationPasses
 from .entropy import GaussianEntropy, merge_across_processes
 from .masked_forward import MaskedForward
+from .output_change import OutputChange, sum_of_changes
 from .processes import gather
 from .stability import draw_folds, resampled_transfer_entropy, share_picked
 
@@ -43,21 +44,6 @@ class SelectionStep:
     picked: int
     stability: float | None = None
     standard_error: float | None = None
-
-
-@dataclass(frozen=True)
-class OutputChange:
-    """
-    How a model's output changes when layers are masked; needs no labels.
-
-    Attributes:
-        divergence: of the class probabilities KL(whole || masked) in nats; of features 1 - their cosine. The mean over
-            the images.
-        agreement: share of images, in [0, 1], whose most probable class stays; `None` for features.
-    """
-
-    divergence: float
-    agreement: float | None
 
 
 class AttentionSearch:
@@ -137,9 +123,9 @@ class AttentionSearch:
         sums = {one: torch.zeros(2, dtype=torch.float64) for one in distinct}
 
         def compare(outputs: dict[frozenset[int], torch.Tensor]) -> None:
-            whole = outputs[frozenset()].double()
+            whole = outputs[frozenset()]
             for one in distinct:
-                sums[one] += _sum_of_changes(whole, outputs[one].double(), of_classes)
+                sums[one] += sum_of_changes(whole, outputs[one], of_classes)
 
         self._measure(distinct, num_folds=1, compare=compare)
         means = gather(sum(gather(torch.stack(list(sums.values())))) / self.passes.batches.num_images)[0].tolist()
@@ -186,12 +172,3 @@ class AttentionSearch:
         values = gather([estimate.value() for estimate in estimates.values()])[0]
         self._values = dict(zip(measured, values, strict=True)) | self._values
         return [estimates[one] for one in sets]
-
-
-def _sum_of_changes(whole: torch.Tensor, masked: torch.Tensor, of_classes: bool) -> torch.Tensor:
-    """Sums over the images of a batch: divergence, and images whose most probable class is the same."""
-    if not of_classes:
-        return torch.stack([(1 - torch.cosine_similarity(whole, masked, dim=-1)).sum(), whole.new_zeros(())]).cpu()
-    whole, masked = whole.log_softmax(dim=-1), masked.log_softmax(dim=-1)
-    divergence = torch.nn.functional.kl_div(masked, whole, log_target=True, reduction="sum")
-    return torch.stack([divergence, (whole.argmax(dim=-1) == masked.argmax(dim=-1)).double().sum()]).cpu()

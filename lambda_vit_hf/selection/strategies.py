@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable
 
+from . import layer_scores
 from .search import AttentionSearch
 
 
@@ -77,16 +78,13 @@ def lowest_entropy(search: AttentionSearch) -> list[int]:
     return sorted(search.candidates, key=lambda layer: search.attention_entropy[layer])[: search.num_layers]
 
 
-def cosine(search: AttentionSearch) -> list[int]:
-    """The layers that change the direction of their input least (see [`CalibrationPasses.attention_influence`])."""
-    influence = search.passes.attention_influence()
-    return sorted(search.candidates, key=influence.__getitem__)[: search.num_layers]
+def lowest(score: Callable[[AttentionSearch], list[float | None]]) -> Callable[[AttentionSearch], list[int]]:
+    """The layers of least score, one of `layer_scores`: each rated on its own."""
 
+    def take_lowest(search: AttentionSearch) -> list[int]:
+        return sorted(search.candidates, key=score(search).__getitem__)[: search.num_layers]
 
-def attention_deviation(search: AttentionSearch) -> list[int]:
-    """The layers whose attention maps differ least between images (see [`CalibrationPasses.attention_deviation`])."""
-    deviation = search.passes.attention_deviation()
-    return sorted(search.candidates, key=deviation.__getitem__)[: search.num_layers]
+    return take_lowest
 
 
 def first(search: AttentionSearch) -> list[int]:
@@ -110,8 +108,11 @@ STRATEGIES: dict[str, Callable[[AttentionSearch], list[int]]] = {
     "exhaustive": exhaustive,
     "divergence": divergence,
     "lowest_entropy": lowest_entropy,
-    "cosine": cosine,
-    "attention_deviation": attention_deviation,
+    "cosine": lowest(layer_scores.attention_influence),
+    "attention_deviation": lowest(layer_scores.attention_deviation),
+    "attention_benefit": lowest(layer_scores.attention_benefit),
+    "lambda_sensitivity": lowest(layer_scores.lambda_sensitivity),
+    "weight_entropy": lowest(layer_scores.weight_entropy),
     "first": first,
     "last": last,
     "random": random_layers,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from benchmarks import compare_selections
+from benchmarks import compare_selections, comparison_tables
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_each_set_of_layers_is_trained_once_from_the_same_base(tmp_path, capsys)
 def test_there_is_no_mean_before_every_seed_has_its_figure():
     runs = [{"num_removed": 1, "strategy": "last", "layers": [2], "top1_before": 0.9} for _ in range(2)]
     runs[0]["top1_diluted"] = 0.8
-    (row,) = compare_selections.tabulate(runs, ("strategy",))
+    (row,) = comparison_tables.tabulate(runs, ("strategy",))
     assert row["top1_before"]["mean"] == pytest.approx(0.9)
     assert "top1_diluted" not in row
 
@@ -145,3 +145,31 @@ def test_attention_fades_to_each_thing_for_each_budget(tmp_path, digits_vit, cap
         assert run["top1_after_1_epochs"] == results["trainings"][f"seed 7, layers 2{faded}, 1 epochs"]["top1"]
         assert round(run["top1_skip"] * 50) == pytest.approx(run["top1_skip"] * 50)
     assert "after 0.5 epochs (%) | after 1 epochs (%)" in capsys.readouterr().out
+
+
+def test_whole_blocks_and_a_teacher(tmp_path, digits_vit, capsys):
+    results = compare(
+        tmp_path, "--seeds", "7", "--strategies", "loss", "random:0", "random:1", "--base_models", digits_vit,
+        "--num_train_images", "300", "--random_sets", "0", "--no_choices", "--blocks", "--distillation", "soft",
+    )  # fmt: skip
+    blocks = results["runs"][-1]
+    assert (blocks["strategy"], len(blocks["blocks"]), blocks["layers"]) == ("whole blocks", 1, [])
+    trained = results["trainings"][f"seed 7, blocks {blocks['blocks'][0]}"]["top1"]
+    assert blocks["top1_diluted"] == trained
+    printed = capsys.readouterr().out
+    assert "| 1 |  | whole blocks |" in printed and "| regret (points) |" in printed
+
+
+def test_regrets_and_predictions_are_of_the_same_seed_and_number(capsys):
+    after = {0: [0.80, 0.82, 0.84, 0.86, 0.88], 1: [0.70, 0.72, 0.74, 0.78, 0.76]}
+    runs = [
+        {"seed": seed, "fade_to": "skip", "strategy": f"random:{k}", "num_removed": 2, "layers": [0, k + 1],
+         "transfer_entropy": k - 5.0, "divergence": 5.0 - k, "top1_skip": k / 10, "top1_diluted": after[seed][k]}
+        for seed in (0, 1) for k in range(5)
+    ]  # fmt: skip
+    comparison_tables.print_regrets(runs)
+    comparison_tables.print_predictions(runs)
+    printed = capsys.readouterr().out
+    assert "| 2 | diluted (%) | skip | random:4 | 1.00 ± 1.00 |" in printed  # 0 and 2 points
+    assert "| 2 | diluted (%) | skip | random:0 | 8.00 ± 0.00 |" in printed
+    assert "| 2 | diluted (%) | skip | 5 | 0.95 | 0.95 | 0.95 |" in printed  # 1 and 0.9

@@ -1,12 +1,16 @@
 """What layers cost and what predicts it: accuracy of masked models, rank correlation, random sets."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.comparison import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from benchmarks.base_model import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf import LambdaViTForImageClassification
+from lambda_vit_hf.evaluation.accounting import count_macs
 from tests.numpy_vit import masked_output
 
 
@@ -98,3 +102,85 @@ def test_correlations_are_told_with_and_without_the_layer_that_decides_alone():
     assert magnitude["with_loss_skip"] == pytest.approx(spearmanr(np.abs(values), loss).statistic)
     assert value["with_loss_skip"] == pytest.approx(spearmanr(values, loss).statistic)
     assert magnitude["with_loss_skip_without_worst"] == pytest.approx(-1)
+
+
+def select_by_labels(rule, model, items, mask="skip"):
+    images = torch.stack([item["pixel_values"] for item in items])
+    labels = torch.tensor([item["labels"] for item in items])
+    return BaseModel(model, images, items, seed=0, labels=labels).compare_strategies([rule], [2], [mask])
+
+
+def without(model, layers, mask):
+    model = copy.deepcopy(model)
+    model.set_fade_to(mask)
+    model.remove_attention(layers)
+    return model
+
+
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_the_loss_chooses_greedily_by_the_cross_entropy_of_the_labels(model, items, mask):
+    model = model.double()
+    images, labels = torch.stack([item["pixel_values"] for item in items]), [item["labels"] for item in items]
+    order = []
+    for _ in range(2):
+        losses = {}
+        for layer in set(range(6)) - set(order):
+            with torch.no_grad():
+                log_p = without(model, [*order, layer], mask)(images).logits.log_softmax(-1)
+            losses[layer] = -sum(log_p[i, label].item() for i, label in enumerate(labels))
+        order.append(min(losses, key=losses.get))
+    (run,) = select_by_labels("loss", model, items, mask)
+    assert run["order"] == order
+    with torch.no_grad():
+        whole, masked = (one(images).logits.softmax(-1) for one in (model, without(model, run["layers"], mask)))
+    assert run["divergence"] == pytest.approx((whole * (whole / masked).log()).sum(-1).mean().item())
+
+
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_the_gradient_of_the_loss_is_that_by_lambda(model, items, mask):
+    model = model.double()
+    model.set_fade_to(mask)
+    images, labels = torch.stack([item["pixel_values"] for item in items]), [item["labels"] for item in items]
+
+    def loss(layer, value):
+        model.encoder_layers[layer].set_attention_lambda(value)
+        with torch.no_grad():
+            total = torch.nn.functional.cross_entropy(model(images).logits, torch.tensor(labels)).item()
+        model.encoder_layers[layer].set_attention_lambda(1.0)
+        return total
+
+    slopes = [abs(loss(layer, 1.0) - loss(layer, 1 - 1e-4)) for layer in range(6)]
+    (run,) = select_by_labels("loss_gradient", model, items, mask)
+    assert run["order"] == sorted(range(6), key=slopes.__getitem__)[:2]
+
+
+def test_a_model_without_blocks_is_one_that_never_had_them(model, pixel_values):
+    smaller = without_blocks(model, [1, 4])
+    hidden_states, extra = model.embed(pixel_values)
+    for index, layer in enumerate(model.encoder_layers):
+        if index not in (1, 4):
+            hidden_states = layer.feed_forward(layer.mix_tokens(hidden_states, **extra))
+    torch.testing.assert_close(smaller(pixel_values).logits, model.read_out(hidden_states, "class_head"))
+    assert smaller.config.num_hidden_layers == 4 and model.config.num_hidden_layers == 6
+    model.remove_attention([0])
+    with pytest.raises(ValueError, match="have lost"):
+        without_blocks(model, [1])
+
+
+def test_as_many_blocks_as_save_the_same(model):
+    attention, block = (count_macs(model.config) - count_macs(one.config) for one in (
+        without(model, [0, 1, 2, 3], "skip"), without_blocks(model, [0])))  # fmt: skip
+    assert count_equal_blocks(model, 4) == round(attention / block) > 0
+    assert count_equal_blocks(model, 1) == 1, "never none"
+
+
+def test_blocks_are_chosen_by_what_the_output_changes(model, items):
+    images = torch.stack([item["pixel_values"] for item in items]).float()
+    with torch.no_grad():
+        whole = model(images).logits.double().softmax(-1)
+        changes = []
+        for block in range(6):
+            masked = without_blocks(model, [block])(images).logits.double().softmax(-1)
+            changes.append((whole * (whole / masked).log()).sum(-1).mean().item())
+    assert choose_blocks(model, images, 1, batch_size=7) == [changes.index(min(changes))]
+    assert len(choose_blocks(model, images, 2)) == 2

@@ -6,11 +6,12 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from lambda_vit_hf import select_attention_layers
-from lambda_vit_hf.selection import strategies
+from lambda_vit_hf.selection import layer_scores, strategies
 from lambda_vit_hf.selection.select import AttentionSelection
 from lambda_vit_hf.selection.strategies import beam
 
@@ -155,3 +156,86 @@ def test_attention_deviation_takes_the_maps_that_differ_least_between_images(mod
     selection = select_attention_layers(model, images, 3, strategy="attention_deviation", batch_size=7)
     assert selection.order == sorted(range(6), key=deviation.__getitem__)[:3]
     assert model.config._attn_implementation == "sdpa"
+
+
+def read_through_the_layers(model, images):
+    """Class probabilities read before and after the attention of each layer, and in the end: `(batch, classes)`."""
+    streams = []
+    for layer in model.encoder_layers:
+        layer.register_forward_pre_hook(lambda module, args: streams.append((args[0], module.mix_tokens(args[0]))))
+    with torch.no_grad():
+        whole = model(images).logits
+        read = [[model.classifier(model.vit.layernorm(one)[:, 0]) for one in pair] for pair in streams]
+    for layer in model.encoder_layers:
+        layer._forward_pre_hooks.clear()
+    return whole.double().softmax(-1), [[one.double().softmax(-1) for one in pair] for pair in read]
+
+
+def test_attention_benefit_is_what_attention_brings_the_answer_nearer_to_the_final_one(model, images):
+    whole, read = read_through_the_layers(model, images)
+    before, after = ([(whole * (whole / pair[k]).log()).sum(-1).mean().item() for pair in read] for k in (0, 1))
+    benefit = [one - other for one, other in zip(before, after, strict=True)]
+    scores = score_layers(layer_scores.attention_benefit, model, images)
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(benefit), rtol=1e-3, atol=1e-6)
+    selection = select_attention_layers(model, images, 3, strategy="attention_benefit", batch_size=7)
+    assert selection.order == sorted(range(6), key=benefit.__getitem__)[:3]
+
+
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_lambda_sensitivity_is_the_fisher_information_of_lambda(model, images, mask):
+    model.config.fade_to = mask
+    values = torch.ones(6, requires_grad=True)
+    buffers = {f"vit.layers.{index}.attention_lambda": value for index, value in enumerate(values)}
+    for layer in model.encoder_layers:  # the general form, which has a gradient
+        layer._weigh_by_lambda = functools.partial(weigh_by_any_lambda, layer, mask)
+    information = torch.zeros(6, dtype=torch.float64)
+    for image in images[:8]:
+        log_p = torch.func.functional_call(model, buffers, (image[None],)).logits[0].log_softmax(-1)
+        for one in log_p:
+            (slope,) = torch.autograd.grad(one, values, retain_graph=True)
+            information += one.exp().item() * slope.double().square() / 8
+    for layer in model.encoder_layers:
+        del layer._weigh_by_lambda
+    scores = score_layers(layer_scores.lambda_sensitivity, model, images[:8], mask=mask)
+    torch.testing.assert_close(torch.tensor(scores, dtype=torch.float64), information, rtol=0.25, atol=1e-6)
+    selection = select_attention_layers(model, images[:8], 3, strategy="lambda_sensitivity", mask=mask)
+    assert selection.order == sorted(range(6), key=scores.__getitem__)[:3]
+
+
+def weigh_by_any_lambda(layer, fade_to, hidden_states, branch, state):
+    rest = 0 if fade_to == "skip" else 1 - layer.attention_lambda
+    return hidden_states + rest * hidden_states + layer.attention_lambda * branch
+
+
+def test_weight_entropy_is_that_of_the_histogram_of_the_attention_matrices(model, images):
+    with torch.no_grad():
+        model.encoder_layers[2].attention.q_proj.weight.fill_(0.0)  # all in one interval
+    numbers = []
+    for layer in model.encoder_layers:
+        attention = layer.attention
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        numbers.append(np.concatenate([part.weight.detach().numpy().ravel() for part in parts]))
+    edges = np.linspace(min(map(np.min, numbers)), max(map(np.max, numbers)), 257)
+    shares = [np.histogram(one, edges)[0] / one.size for one in numbers]
+    expected = [-sum(share * np.log(share) for share in of_layer if share) for of_layer in shares]
+    scores = score_layers(layer_scores.weight_entropy, model, images)
+    np.testing.assert_allclose(scores, expected, rtol=2e-3)
+    assert select_attention_layers(model, images, 1, strategy="weight_entropy").layers == [2]
+
+
+def score_layers(score, model, images, **options):
+    scores = []
+
+    def keep(search):
+        scores.extend(score(search))
+        return search.candidates[: search.num_layers]
+
+    select_attention_layers(model, images, 1, strategy=keep, batch_size=7, **options)
+    return scores
+
+
+@pytest.mark.parametrize("strategy", ["attention_benefit", "lambda_sensitivity", "weight_entropy", "cosine"])
+def test_rules_leave_layers_without_attention_alone_and_take_features(model, images, strategy):
+    model.remove_attention([1, 4])
+    selection = select_attention_layers(model, images, 2, strategy=strategy, output="class_token")
+    assert set(selection.layers) <= {0, 2, 3, 5}

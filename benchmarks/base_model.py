@@ -1,37 +1,22 @@
-"""Ways of choosing layers, compared on equal terms: same base models, same images, same training.
+"""A trained model, and everything about a choice of its attention layers that needs no training."""
 
-An [`Experiment`] is a recipe: its images, its base models and its dilution. A [`BaseModel`] is one of them, measured
-without any training.
-"""
-
-import copy
-import dataclasses
+import functools
 import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import set_seed
+from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.label_strategies import LABEL_STRATEGIES
+from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf.data.dataset import collate
-from lambda_vit_hf.data.sampling import evenly_spaced
-from lambda_vit_hf.evaluation.metrics import classification_metrics
-from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
 from lambda_vit_hf.selection.search import COMPARISONS
 from lambda_vit_hf.selection.select import AttentionSelection, select_attention_layers
-from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
-from lambda_vit_hf.training.callback import EntropyGuidedRemovalCallback
-from lambda_vit_hf.training.guards import StopOnNonFiniteGradient
-from lambda_vit_hf.training.output_folder import OutputFolder
-from lambda_vit_hf.training.starting_model import load_starting_model
-from lambda_vit_hf.training.trainer import ImageClassificationTrainer
-from lambda_vit_hf.training.training_images import TrainingImages, load_splits
 
 
 OPEN_CHOICES = [
@@ -52,27 +37,34 @@ class BaseModel:
         validation (`Dataset`): items with `pixel_values` and `labels`.
         seed (`int`): of the strategies and sets that are drawn.
         autocast_dtype (`str`, *optional*): to compute in.
+        labels (`torch.Tensor` of shape `(images,)`, *optional*): of the calibration images, for rules that need them.
 
     Raises:
         ValueError: if the class head is newly initialized.
     """
 
     def __init__(
-        self, model, calibration: torch.Tensor, validation: Dataset, seed: int, autocast_dtype: str | None = None
+        self,
+        model,
+        calibration: torch.Tensor,
+        validation: Dataset,
+        seed: int,
+        autocast_dtype: str | None = None,
+        labels: torch.Tensor | None = None,
     ):
         if getattr(model, "newly_initialized_head", False):
             raise ValueError(
                 "The class head is newly initialized: neither its entropy nor its accuracy says anything."
             )
         self.model, self.calibration, self.validation, self.seed = model.eval(), calibration, validation, seed
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self.labels = autocast_dtype, labels
         (self.top1,) = self._top1([[]], "skip")
 
     def select(self, strategy, num_layers: int, **choices) -> AttentionSelection:
         """[`select_attention_layers`] on the calibration images."""
         return select_attention_layers(
-            self.model, self.calibration, num_layers, strategy=strategy, seed=self.seed, disable_tqdm=True,
-            autocast_dtype=self.autocast_dtype, **choices,
+            self.model, self.calibration, num_layers, strategy=strategy, disable_tqdm=True,
+            autocast_dtype=self.autocast_dtype, **({"seed": self.seed} | choices),
         )  # fmt: skip
 
     def add_top1(self, runs: list[dict]) -> list[dict]:
@@ -88,19 +80,53 @@ class BaseModel:
         self, strategies: Sequence[str], numbers: Sequence[int], fades: Sequence[str] = ("identity",)
     ) -> list[dict]:
         """
-        Every strategy at every number of removed layers, for each `fade_to`: layers, transfer entropy (nats), top-1
-        right after. `"nose:skip"` is `"nose"` with the mask `"skip"`, whatever attention fades to.
+        Every strategy at every number of removed layers, for each `fade_to`: layers, what taking them out changes
+        (transfer entropy and KL divergence in nats, top-1), nothing trained. `"nose:skip"` is `"nose"` with the mask
+        `"skip"`, whatever attention fades to; `"random:3"` is another draw than `"random:2"`; `label_strategies` has
+        more.
         """
         runs = []
         for fade_to, num_layers, name in itertools.product(fades, numbers, strategies):
-            strategy, _, mask = name.partition(":")
-            selection = self.select(strategy, num_layers, mask=mask or fade_to)
+            strategy, _, option = name.partition(":")
+            if strategy in LABEL_STRATEGIES:
+                strategy = functools.partial(LABEL_STRATEGIES[strategy], labels=self.labels)
+            seed = {"seed": 1000 * self.seed + int(option)} if option.isdigit() else {}
+            mask = option if option in MASKS else fade_to
+            selection = self.select(strategy, num_layers, mask=mask, **seed)
             runs.append({
                 "seed": self.seed, "fade_to": fade_to, "strategy": name, "num_removed": num_layers,
                 "layers": selection.layers, "order": selection.order,
                 "transfer_entropy": selection.transfer_entropy, "top1_before": self.top1,
             })  # fmt: skip
-        return self.add_top1(runs)
+        return self.add_divergence(self.add_top1(runs))
+
+    def compare_blocks(self, numbers: Sequence[int]) -> list[dict]:
+        """Whole blocks, chosen by KL, at the multiply-accumulates of each number of attention layers; top-1 as is."""
+        runs = []
+        for number in numbers:
+            blocks = choose_blocks(self.model, self.calibration, count_equal_blocks(self.model, number))
+            with self._autocast():
+                (top1,) = masked_top1(without_blocks(self.model, blocks).eval(), self.validation, [[]])
+            runs.append({
+                "seed": self.seed, "fade_to": "", "strategy": "whole blocks", "num_removed": number, "layers": [],
+                "blocks": blocks, "top1_before": self.top1, "top1_skip": top1,
+            })  # fmt: skip
+        return runs
+
+    def add_divergence(self, runs: list[dict]) -> list[dict]:
+        """To each run, the KL divergence from the whole model (nats) when its layers are masked as they will fade."""
+        for fade_to in {run["fade_to"]: None for run in runs}:
+            of_fade = [run for run in runs if run["fade_to"] == fade_to]
+            found = []
+
+            def measure(search, of_fade=of_fade, found=found):
+                found.extend(search.output_change([run["layers"] for run in of_fade]))
+                return []
+
+            self.select(measure, 0, mask=fade_to)
+            for run, change in zip(of_fade, found, strict=True):
+                run["divergence"] = change.divergence
+        return runs
 
     def compare_choices(self, numbers: Sequence[int]) -> list[dict]:
         """What NOSE picks with each of `OPEN_CHOICES`, and top-1 right after."""
@@ -129,9 +155,12 @@ class BaseModel:
         return {"seed": self.seed, "num_removed": num_layers, **raw, "correlations": correlations(**raw)}
 
     def _top1(self, sets: list, mask: str) -> list[float]:
-        device, dtype = self.model.device.type, self.autocast_dtype and getattr(torch, self.autocast_dtype)
-        with torch.autocast(device, dtype, enabled=dtype is not None):
+        with self._autocast():
             return masked_top1(self.model, self.validation, sets, mask)
+
+    def _autocast(self):
+        dtype = self.autocast_dtype and getattr(torch, self.autocast_dtype)
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype is not None)
 
     def _transfer_entropy(self, sets: list[list[int]], **choices) -> list[float]:
         values = []
@@ -142,112 +171,6 @@ class BaseModel:
 
         self.select(measure, 0, **choices)
         return values
-
-
-class Experiment:
-    """
-    A recipe: images, base models, and the training of every choice of layers.
-
-    Args:
-        recipe (`str`): path of the YAML file.
-        argv (`list[str]`): fields of the recipe to override, as on the command line of the training program.
-        output_dir (`Path`): for base models; `seed-N/base` is taken up where it is there already.
-        num_train_images (`int`, *optional*): train on this many, evenly spaced; all by default.
-        num_masked_images (`int`, *optional*): measure what needs no training on this many validation images.
-    """
-
-    def __init__(
-        self,
-        recipe: str,
-        argv: list[str],
-        output_dir: Path,
-        num_train_images: int | None = None,
-        num_masked_images: int | None = None,
-    ):
-        fixed = ["--output_dir", str(output_dir / "trainer"), "--save_strategy", "no", "--eval_strategy", "no"]
-        arguments = parse_arguments([recipe, *argv, *fixed, "--report_to", "none"], PROGRAM_ARGUMENTS)
-        self.model_args, self.data_args, self.augmentation_args, self.removal_args, self.training_args = arguments
-        unsupported = {
-            "streaming": self.data_args.streaming,
-            "repeated_augmentation": self.augmentation_args.repeated_augmentation > 1,
-            "learning_rate_batch_size": self.training_args.learning_rate_batch_size,
-            "ema_decay": self.training_args.ema_decay,
-            "distillation": self.training_args.distillation != "none",
-        }
-        given = [name for name, value in unsupported.items() if value]
-        if given:
-            raise ValueError(f"The comparison trains without {given}: turn them off.")
-        if self.training_args.device.type == "cpu":
-            self.training_args.dataloader_pin_memory = False
-        self.output_dir, self.num_masked_images = output_dir, num_masked_images
-        self.splits = load_splits(self.data_args)
-        indices = evenly_spaced(len(self.splits["train"]), num_train_images)
-        self.splits["train"] = self.splits["train"].select(indices)
-
-    def base_model(self, seed: int, checkpoint: str | None = None) -> BaseModel:
-        """The model of a seed before removal: from a checkpoint, from an earlier run, or trained by the recipe."""
-        set_seed(seed)
-        model, processor, is_new = self._start(seed, checkpoint)
-        if is_new or getattr(model, "newly_initialized_head", False):
-            epochs, learning_rate = self.model_args.base_num_train_epochs, self.model_args.base_learning_rate
-            self._train(model, processor, seed, [], epochs, learning_rate)
-            folder = OutputFolder(self.output_dir / f"seed-{seed}").base
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            model = AutoLambdaModelForImageClassification.from_pretrained(folder)
-        images = self._images(processor, seed)
-        calibration = images.calibration(self.removal_args.calibration_size)
-        indices = evenly_spaced(len(calibration), self.removal_args.calibration_size)
-        pixel_values = torch.stack([item["pixel_values"] for item in Subset(calibration, indices)])
-        validation = Subset(images.evaluation, evenly_spaced(len(images.evaluation), self.num_masked_images))
-        autocast_dtype = "bfloat16" if self.training_args.bf16 else None
-        return BaseModel(model.to(self.training_args.device), pixel_values, validation, seed, autocast_dtype)
-
-    def dilute(
-        self,
-        layers: list[int],
-        fade_to: str | None,
-        seed: int,
-        checkpoint: str | None = None,
-        num_epochs: float | None = None,
-    ) -> float:
-        """
-        Top-1 of the removed model after the recipe's training, from the base model of a seed. With no layers: of the
-        whole model after the same training, which tells what the training alone does.
-        """
-        set_seed(seed)
-        model, processor, _ = self._start(seed, checkpoint)
-        dilution = dataclasses.replace(self.removal_args.dilution_config(), fade_to=fade_to)
-        callbacks = [EntropyGuidedRemovalCallback(removed_layers=layers, dilution=dilution)] if layers else []
-        epochs, learning_rate = num_epochs or self.training_args.num_train_epochs, self.training_args.learning_rate
-        top1 = self._train(model, processor, seed, callbacks, epochs, learning_rate)
-        if model.config.removed_layers != sorted(layers):
-            raise RuntimeError(f"Layers {layers} were to be removed, but {model.config.removed_layers} were.")
-        return top1
-
-    def _start(self, seed: int, checkpoint: str | None) -> tuple:
-        model_args = copy.copy(self.model_args)
-        model_args.model_name_or_path = checkpoint or model_args.model_name_or_path
-        folder = OutputFolder(self.output_dir / f"seed-{seed}")
-        class_names = self.splits["train"].features["label"].names
-        return load_starting_model(model_args, class_names, folder, False, self.data_args.evaluation_crop)
-
-    def _images(self, processor, seed: int) -> TrainingImages:
-        args = copy.copy(self.training_args)
-        args.seed = seed
-        return TrainingImages(self.splits, processor, self.data_args, self.augmentation_args, args)
-
-    def _train(self, model, processor, seed: int, callbacks: list, epochs: float, learning_rate: float) -> float:
-        args = copy.copy(self.training_args)
-        args.num_train_epochs, args.learning_rate, args.seed = epochs, learning_rate, seed
-        images = self._images(processor, seed)
-        trainer = ImageClassificationTrainer(
-            model=model, args=args, callbacks=[*callbacks, StopOnNonFiniteGradient()],
-            train_dataset=images.train, eval_dataset=images.evaluation, data_collator=collate,
-            train_collator=images.collator, compute_metrics=classification_metrics,
-        )  # fmt: skip
-        trainer.train()
-        return trainer.evaluate()["eval_accuracy"]
 
 
 @torch.no_grad()
