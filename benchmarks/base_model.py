@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.label_strategies import LABEL_STRATEGIES
+from benchmarks.linear_maps import fit_linear_maps, top1_with_maps
 from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
@@ -58,7 +59,7 @@ class BaseModel:
             )
         self.model, self.calibration, self.validation, self.seed = model.eval(), calibration, validation, seed
         self.autocast_dtype, self.labels = autocast_dtype, labels
-        (self.top1,) = self._top1([[]], "skip")
+        (self.top1,) = self.measure_top1([[]], "skip")
 
     def select(self, strategy, num_layers: int, **choices) -> AttentionSelection:
         """[`select_attention_layers`] on the calibration images."""
@@ -71,7 +72,7 @@ class BaseModel:
         """To each run, top-1 right after its layers are taken out, under both masks: each set once, in one pass."""
         sets = {tuple(run["layers"]): None for run in runs}
         for mask in MASKS:
-            top1 = dict(zip(sets, self._top1(list(sets), mask), strict=True))
+            top1 = dict(zip(sets, self.measure_top1(list(sets), mask), strict=True))
             for run in runs:
                 run[f"top1_{mask}"] = top1[tuple(run["layers"])]
         return runs
@@ -145,7 +146,7 @@ class BaseModel:
     def measure_random_sets(self, num_layers: int, num_sets: int) -> dict:
         """Transfer entropy (nats) of random sets, their loss of top-1 right after removal, and their correlation."""
         sets = draw_sets(self.model.config.kept_layers, num_layers, num_sets, self.seed)
-        loss = {mask: [self.top1 - one for one in self._top1(sets, mask)] for mask in MASKS}
+        loss = {mask: [self.top1 - one for one in self.measure_top1(sets, mask)] for mask in MASKS}
         values = {
             f"{output}, {mask}": self._transfer_entropy(sets, output=output, mask=mask)
             for output in OUTPUTS
@@ -154,7 +155,13 @@ class BaseModel:
         raw = {"sets": sets, "top1_loss": loss, "transfer_entropy": values}
         return {"seed": self.seed, "num_removed": num_layers, **raw, "correlations": correlations(**raw)}
 
-    def _top1(self, sets: list, mask: str) -> list[float]:
+    def measure_linear_map(self, layers: list[int]) -> float:
+        """Top-1 with linear maps in the place of the attention of these layers."""
+        with self._autocast():
+            return top1_with_maps(self.model, self.validation, fit_linear_maps(self.model, self.calibration, layers))
+
+    def measure_top1(self, sets: list, mask: str) -> list[float]:
+        """Top-1 right after the attention of each set is taken out."""
         with self._autocast():
             return masked_top1(self.model, self.validation, sets, mask)
 

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import set_seed
 
 from benchmarks.base_model import BaseModel
@@ -113,6 +113,16 @@ class Experiment:
         if model.config.removed_layers != sorted(layers):
             raise RuntimeError(f"Layers {layers} were to be removed, but {model.config.removed_layers} were.")
         return top1
+
+    def images(self, checkpoint: str, kind: str) -> Dataset:
+        """`"clean"` or `"augmented"` (as DeiT's) training images, or those of `"validation"`, for a model's size."""
+        _, processor, _ = self._start(0, checkpoint)
+        options = dataclasses.replace(
+            self.augmentation_args, random_shift=0, random_resized_crop=kind == "augmented",
+            auto_augment="rand-m9-mstd0.5-inc1" if kind == "augmented" else None,
+        )  # fmt: skip
+        images = TrainingImages(self.splits, processor, self.data_args, options, self.training_args)
+        return images.evaluation if kind == "validation" else images.train
 
     def _start(self, seed: int, checkpoint: str | None) -> tuple:
         model_args = copy.copy(self.model_args)
