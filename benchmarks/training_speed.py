@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from lambda_vit_hf.cli.benchmark import add_setup_arguments, read_setup, write_result
 from lambda_vit_hf.cli.runner import run_program
 from lambda_vit_hf.evaluation.throughput import describe_environment, markdown_table
-from lambda_vit_hf.export.reference_models import as_transformers_vit
+from lambda_vit_hf.export.reference_models import as_transformers_model
 from lambda_vit_hf.export.variants import BenchmarkSetup
 from lambda_vit_hf.training.callback import EntropyGuidedRemovalCallback
 from lambda_vit_hf.training.guards import StopOnNonFiniteGradient
@@ -68,7 +68,7 @@ def measure_training(
     max_steps = 2 * (steps + warm_up) + 1
     ours_name = "with the callback" + (" and the guard" if with_guard else "")
     base = setup.base_model
-    models = {PLAIN: as_transformers_vit(base), ours_name: copy.deepcopy(base)}
+    models = {PLAIN: as_transformers_model(base), ours_name: copy.deepcopy(base)}
     removal = EntropyGuidedRemovalCallback(removed_layers=list(setup.removed_layers), hold_share=0.5)
     callbacks = {PLAIN: [], ours_name: [removal, *([StopOnNonFiniteGradient()] if with_guard else [])]}
     turns = Turns(models)

@@ -2,17 +2,17 @@
 
     lambda-vit benchmark --size base                           # DeiT-B's shape; under 5 minutes on a CPU
     lambda-vit benchmark --size small --batch_sizes 1 8 32 --dtype bf16 --compile
-    lambda-vit benchmark --variants transformers lambda+removed+folded+prepared \\
-        lambda+removed+folded+merged+prepared+bf16 lambda+removed+folded+merged+prepared+onnx+int8
+    lambda-vit benchmark --engines --max_seconds 600           # onnxruntime too, in fp32 and int8
     lambda-vit benchmark --device cuda --dtype bf16 --batch_sizes 256 --compile
     lambda-vit benchmark --model outputs/digits/base --dataset_name digits --merging_r 1 \\
         --variants transformers outputs/digits outputs/digits+prepared+bf16 outputs/digits+merged+prepared+onnx+int8
 
-Variants run in turns, in one process; ratios are taken round by round, and their median is shown. Weights are random
-unless --model names a checkpoint: speed does not depend on them. A variant is a source (transformers, timm, lambda, a
-checkpoint, an ONNX file) and steps: removed, folded, merged, stacked (one projection for query, key and value),
-prepared (stacked, and only the class token from the last attention on), fp32, bf16, fp16, compiled, exported, onnx,
-int8. Files in --output_dir: inference.json, inference.md and inference.png.
+Variants run in turns, in one process; ratios are taken round by round, and their median is shown: against the first,
+and against transformers' model in the same engine and precision, which is added where it is missing. Weights are
+random unless --model names a checkpoint: speed does not depend on them. A variant is a source (transformers, timm,
+lambda, a checkpoint, an ONNX file) and steps: removed, folded, merged, stacked (one projection for query, key and
+value), prepared (stacked, and only the class token from the last attention on), fp32, bf16, fp16, compiled, exported,
+onnx, int8. Files in --output_dir: inference.json, inference.md and inference.png.
 """
 
 import argparse
@@ -32,6 +32,10 @@ CPU_VARIANTS = [
 ]  # fmt: skip
 VARIANTS = ["transformers", "timm", "timm+removed", "lambda+removed+folded", "lambda+removed+folded+prepared",
             "lambda+removed+folded+merged+prepared"]  # fmt: skip
+ENGINE_VARIANTS = [
+    "lambda+removed+folded+prepared+onnx", "lambda+removed+folded+merged+prepared+onnx",
+    "lambda+removed+folded+prepared+onnx+int8", "lambda+removed+folded+merged+prepared+onnx+int8",
+]  # fmt: skip
 _ENGINES = {"onnx", "exported", "compiled"}
 
 
@@ -80,6 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--variants", "--contenders", action=Renamed, nargs="+", help="see above; speed-ups are against the first")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8])
     add("--compile", action="store_true", help="compare each torch variant compiled, too")
+    add("--engines", action="store_true", help="compare onnxruntime, in fp32 and int8, too")
     add("--merging_r", type=int, default=24, help="of the step `merged`: tokens per block that keeps attention")
     add("--merging_start", type=int, default=1, help="of the step `merged`: first such block that merges")
     add("--max_rounds", type=int, default=30)
@@ -102,18 +107,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..export.inference_speed import inference_table, measure_inference
     from ..export.speed_picture import plot_inference
+    from ..export.variants import parse_variant, with_partners
 
     names = arguments.variants
     if names is None:
         names = CPU_VARIANTS if arguments.device == "cpu" and arguments.dtype is None else VARIANTS
     if arguments.compile:
         names = [*names, *(f"{name}+compiled" for name in names if not _ENGINES & set(name.split("+")))]
+    if arguments.engines:
+        names = [*names, *ENGINE_VARIANTS]
+    for name in names:
+        parse_variant(name)  # a name that makes no sense is refused before any model is built
     labelled = None
     if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import labelled_images
 
         labelled = labelled_images(arguments.model, num_images=arguments.num_images, **dataset_options(arguments))
     setup = read_setup(arguments, merging_r=arguments.merging_r, merging_start=arguments.merging_start)
+    names = with_partners(names, setup)
     result = measure_inference(names, setup, arguments.batch_sizes, arguments.max_rounds, arguments.max_seconds,
                                not arguments.no_memory, labelled)  # fmt: skip
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.throughput import describe_environment, interleave, markdown_table, percentile, speedup
 from .peak_memory import peak_memory_cpu, peak_memory_cuda
-from .variants import BenchmarkSetup, Variant, build_variant, parse_variant
+from .variants import BenchmarkSetup, Variant, build_variant, like_for_like, parse_variant
 
 
 TOLERANCE = 1e-3
@@ -31,7 +31,7 @@ def measure_inference(
 
     Args:
         names (`Sequence[str]`): the models (see [`build_variant`]). Speed-ups are against the first, and against
-            `transformers` in the same precision, where it takes part.
+            `transformers` in the same engine and precision, where it takes part.
         setup ([`BenchmarkSetup`]): what they have in common.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8)`): each is timed by itself.
         max_rounds (`int`, *optional*, defaults to 30): timed rounds per batch size, after one to warm up.
@@ -100,14 +100,14 @@ def _time(variants, batch_size: int, device: str, max_rounds: int, max_seconds: 
 
 
 def _figures(variant: Variant, variants: list[Variant], seconds: dict, batch_size: int) -> dict:
-    times = seconds[key(variant)]
-    plain = [one for one in variants if one.name == "transformers" and one.precision == variant.precision]
+    times, partner = seconds[key(variant)], like_for_like(variant.name)
+    plain = [one for one in variants if one.name == partner and one.precision == variant.precision]
     median = statistics.median(times)
     return {
         "images_per_second": batch_size / median,
         "latency_ms": {"median": 1000 * median, "p95": 1000 * percentile(times, 0.95)},
         "speedup": speedup(seconds[key(variants[0])], times),
-        "speedup_same_precision": speedup(seconds[key(plain[0])], times) if plain else None,
+        "speedup_like_for_like": speedup(seconds[key(plain[0])], times) if plain else None,
         "rounds": len(times),
     }
 
@@ -169,7 +169,7 @@ def inference_table(result: dict) -> str:
         "ms, median": lambda row: f"{row['latency_ms']['median']:,.1f}",
         "ms, p95": lambda row: f"{row['latency_ms']['p95']:,.1f}",
         "x first": lambda row: f"{row['speedup']:.2f}",
-        "x same precision": lambda row: _shown(row["speedup_same_precision"], "{:.2f}"),
+        "x transformers, same engine and precision": lambda row: _shown(row["speedup_like_for_like"], "{:.2f}"),
         "peak MB": lambda row: _shown(row["peak_memory_mb"], "{:,.0f}"),
         "parameters (M)": lambda row: _shown(row["parameters"], "{:.2f}", 1e6),
         "GMACs": lambda row: _shown(row["macs"], "{:.2f}", 1e9),

@@ -1,42 +1,44 @@
-"""What a LambdaViT is compared with: its weights in transformers' ViT, and in timm's, pruned as the authors do."""
+"""What a Lambda model is compared with: transformers' model of its weights, and a timm ViT pruned the authors' way."""
 
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel
 
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from ..models.pretrained_model import LambdaPreTrainedModel
 
 
-def as_transformers_vit(model: LambdaViTForImageClassification) -> ViTForImageClassification:
+def transformers_class(model: LambdaPreTrainedModel) -> type[PreTrainedModel] | None:
+    """transformers' classifier that a model is derived from, if there is one."""
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models.") and "ForImageClassification" in kind.__name__:
+            return kind
+    return None
+
+
+def as_transformers_model(model: LambdaPreTrainedModel) -> PreTrainedModel:
     """
-    transformers' own ViT with the model's weights, in eval mode, on the CPU.
+    transformers' own classifier of the family, with the model's weights, in eval mode, on the CPU.
 
     Raises:
-        ValueError: if the model is of another family, or attention was removed: transformers' ViT has no such layers.
+        ValueError: if attention was removed, which transformers' models cannot leave out, or transformers has no
+            classifier with these modules.
     """
-    _check_is_vit(model)
     if model.config.removed_layers:
         raise ValueError(
-            f"transformers' ViT cannot leave out attention; layers {model.config.removed_layers} have none."
+            f"transformers' models cannot leave out attention; layers {model.config.removed_layers} have none."
         )
-    values = {name: getattr(model.config, name) for name in ViTConfig.__dataclass_fields__ if name in _SHAPE}
-    vit = ViTForImageClassification(ViTConfig(**values, num_labels=model.config.num_labels))
+    plain = transformers_class(model)
+    if plain is None:
+        raise ValueError(f"transformers has no classifier with the modules of {type(model).__name__}.")
+    fields = plain.config_class.__dataclass_fields__
+    values = {name: value for name, value in model.config.to_dict().items() if name in fields}
+    reference = plain(plain.config_class(**{**values, "num_labels": model.config.num_labels}))
     weights = {name: value for name, value in model.state_dict().items() if not name.endswith("attention_lambda")}
-    vit.load_state_dict(weights)
-    return vit.eval()
-
-
-def _check_is_vit(model: nn.Module) -> None:
-    if not isinstance(model, LambdaViTForImageClassification):
-        raise ValueError(f"The references are plain ViTs; {type(model).__name__} is of another family.")
-
-
-_SHAPE = {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
-    "image_size", "patch_size", "num_channels", "qkv_bias",
-}  # fmt: skip
+    reference.load_state_dict(weights)
+    return reference.eval()
 
 
 class PrunedTimmBlock(nn.Module):
@@ -66,7 +68,8 @@ def as_timm_vit(model: LambdaViTForImageClassification) -> nn.Module:
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    _check_is_vit(model)
+    if not isinstance(model, LambdaViTForImageClassification):
+        raise ValueError(f"timm's reference is a plain ViT; {type(model).__name__} is of another family.")
     config = model.config
     does_not_double = config.fold_removed or (config.removed_layers and config.fade_to != "identity")
     if does_not_double or config.hidden_act != "gelu":

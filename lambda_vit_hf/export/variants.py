@@ -1,6 +1,6 @@
 """The models that a benchmark compares, each by a short name: a source, and the steps that make it faster.
 
-transformers                       transformers' ViT
+transformers, transformers+onnx    transformers' model; in onnxruntime
 timm, timm+removed                 timm's ViT; without the removed layers' attention, in the authors' form
 lambda+removed+folded+prepared     this package's
 outputs/digits+prepared+bf16       a checkpoint, and what is done to it
@@ -10,7 +10,7 @@ outputs/digits_onnx/onnx/model.onnx  an ONNX file as it is
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .onnx import LogitsOnly, export_onnx, exported_program, quantize_onnx
-from .reference_models import as_timm_vit, as_transformers_vit
+from .reference_models import as_timm_vit, as_transformers_model, transformers_class
 
 
 SOURCES = ("transformers", "timm", "lambda")
@@ -161,12 +161,31 @@ def parse_variant(name: str) -> tuple[str, list[str]]:
     if "onnx" in chosen and "bf16" in chosen:
         raise ValueError(f"{name!r}: onnxruntime takes no bf16 from numpy.")
     if source == "transformers" and chosen & {"removed", *_ONLY_HERE}:
-        raise ValueError(f"{name!r}: transformers' ViT has all its attention, as it is.")
+        raise ValueError(f"{name!r}: transformers' model has all its attention, as it is.")
     if source == "timm" and chosen & _ONLY_HERE:
         raise ValueError(f"{name!r}: {sorted(chosen & _ONLY_HERE)} are this package's.")
     if {"folded"} <= chosen and source == "lambda" and "removed" not in chosen:
         raise ValueError(f"{name!r}: without removed layers there is nothing to fold.")
     return source, [step for step in STEPS if step in chosen]
+
+
+def like_for_like(name: str) -> str | None:
+    """
+    The variant that shows what this package adds, and not the engine: transformers' model with all its attention in
+    the same engine and precision. `None` for an ONNX file, of which nobody knows.
+    """
+    source, steps = parse_variant(name)
+    if source.endswith(".onnx"):
+        return None
+    return "+".join(["transformers", *(step for step in steps if step in {*DTYPES, *_ENGINES, "int8"})])
+
+
+def with_partners(names: Sequence[str], setup: BenchmarkSetup) -> list[str]:
+    """These variants and what they are to be compared with, if the setup's model exists in transformers."""
+    base = setup.base_model
+    if base.config.removed_layers or transformers_class(base) is None:
+        return list(names)
+    return list(dict.fromkeys([*names, *filter(None, map(like_for_like, names))]))
 
 
 def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
@@ -207,7 +226,7 @@ def _build_model(
 ) -> tuple[nn.Module, LambdaViTConfig, str | None]:
     if source == "transformers":
         base = setup.base_model
-        return as_transformers_vit(base), base.config, "all attention"
+        return as_transformers_model(base), base.config, "all attention"
     if source in SOURCES:
         model, function = copy.deepcopy(setup.base_model), "all attention"
         if "removed" in steps:

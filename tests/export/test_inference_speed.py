@@ -34,7 +34,7 @@ def test_speedups_are_medians_of_ratios_round_by_round(setup, scripted_seconds):
     names = ["transformers", "lambda", "lambda+bf16"]
     rows = measure_inference(names, setup, [4], with_memory=False, disable_tqdm=True)["rows"]
     assert [row["speedup"] for row in rows] == [1.0, 4.0, 8.0]  # 2 / 1, 8 / 2, 4 / 1; the ratio of medians is 4 too
-    assert [row["speedup_same_precision"] for row in rows] == [1.0, 4.0, None]
+    assert [row["speedup_like_for_like"] for row in rows] == [1.0, 4.0, None]
     for row, name in zip(rows, scripted_seconds, strict=True):
         times = scripted_seconds[name]
         assert row["images_per_second"] == 4 / statistics.median(times)
@@ -114,7 +114,7 @@ def test_peak_memory_gives_up_in_time(setup, monkeypatch):
 
 def row(**changes):
     known = dict(model="lambda", precision="fp32", device="cpu", batch_size=8, images_per_second=20.0, rounds=5)
-    known |= dict(latency_ms={"median": 400.0, "p95": 410.0}, speedup=1.5, speedup_same_precision=None)
+    known |= dict(latency_ms={"median": 400.0, "p95": 410.0}, speedup=1.5, speedup_like_for_like=None)
     known |= dict(parameters=5_000_000, macs=2_500_000_000, weights_mb=20.0, peak_memory_mb=None)
     return {**known, "max_difference": None, "accuracy": None, **changes}
 

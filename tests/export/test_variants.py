@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lambda_vit_hf.export.onnx import export_onnx
-from lambda_vit_hf.export.variants import BenchmarkSetup, build_variant, parse_variant
+from lambda_vit_hf.export.variants import BenchmarkSetup, build_variant, like_for_like, parse_variant, with_partners
 from tests.conftest import REMOVED
 
 
@@ -49,6 +49,29 @@ def test_a_path_may_hold_a_plus(tmp_path):
 def test_a_name_that_makes_no_sense_is_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
         parse_variant(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "partner"),
+    [
+        ("lambda+removed+folded+prepared", "transformers"),
+        ("timm+removed+bf16", "transformers+bf16"),
+        ("lambda+removed+folded+merged+prepared+onnx+int8", "transformers+onnx+int8"),
+        ("transformers+onnx", "transformers+onnx"),
+        ("lambda+compiled+fp16", "transformers+fp16+compiled"),
+        ("model.onnx", None),
+    ],
+)
+def test_like_is_compared_with_like(name, partner):
+    assert like_for_like(name) == partner
+
+
+def test_partners_are_added_where_transformers_has_the_model(setup, removed, tmp_path):
+    names = ["lambda+prepared", "lambda+prepared+onnx+int8"]
+    assert with_partners(names, setup) == [*names, "transformers", "transformers+onnx+int8"]
+    assert with_partners(["transformers", "lambda"], setup) == ["transformers", "lambda"]
+    removed.save_pretrained(tmp_path)
+    assert with_partners(names, BenchmarkSetup(model=str(tmp_path))) == names
 
 
 SAME_FUNCTION = {
