@@ -7,7 +7,7 @@ CONFIG := trainer_scripts/accelerate_configs/one_process.yaml
 TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark test test-fast style quality docs clean
+.PHONY: help demo benchmark benchmark-gpu test test-fast style quality docs clean
 
 help:  ## Show this list
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ demo: $(VENV)/.train  ## Digits: train a ViT, remove 6 of its 12 attention layer
 
 benchmark: $(VENV)/.train  ## Measure inference on this machine: DeiT-B shape, with and without 5 attention layers
 	$(BIN)/lambda-vit benchmark --size base
+
+benchmark-gpu: $(VENV)/.test  ## Measure inference, training and search on a GPU, in under 10 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 test: $(VENV)/.test quality  ## Install what tests need, lint, run all tests offline
 	$(TESTS) tests

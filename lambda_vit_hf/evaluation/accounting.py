@@ -9,6 +9,9 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from ..models.image_size import as_pair
 
 
+_counted: dict[tuple[type, str], int] = {}
+
+
 def count_macs(config: PreTrainedConfig, num_labels: int | None = None) -> int:
     """
     Multiply-accumulates of one forward pass on one image of `config.image_size`, as torch counts them.
@@ -23,12 +26,16 @@ def count_macs(config: PreTrainedConfig, num_labels: int | None = None) -> int:
         num_labels (`int`, *optional*): classes of the head; defaults to `config.num_labels`. 0: no head.
     """
     config = copy.deepcopy(config)
+    config._name_or_path = ""
     if num_labels is not None:
         config.num_labels = num_labels
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes alone: nothing is computed
-        model = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
-        model(torch.empty(1, config.num_channels, *as_pair(config.image_size)))
-    return counter.get_total_flops() // 2
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key not in _counted:  # a training asks seven times
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes alone: nothing is computed
+            model = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
+            model(torch.empty(1, config.num_channels, *as_pair(config.image_size)))
+        _counted[key] = counter.get_total_flops() // 2
+    return _counted[key]
 
 
 def count_parameters(model) -> int:

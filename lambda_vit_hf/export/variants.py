@@ -38,6 +38,7 @@ SIZES = {
     "tiny": dict(hidden_size=192, num_attention_heads=3, intermediate_size=768),
     "small": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
     "base": dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+    "large": dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096),  # ViT-L, with 24 layers
 }
 
 
@@ -48,7 +49,8 @@ class BenchmarkSetup:
     them.
 
     Args:
-        size (`str`, *optional*, defaults to `"base"`): DeiT's `"tiny"`, `"small"` or `"base"`, random weights.
+        size (`str`, *optional*, defaults to `"base"`):
+            DeiT's `"tiny"`, `"small"` or `"base"`, or ViT's `"large"`; random weights.
         model (`str`, *optional*): a ViT checkpoint to start from instead.
         removed_layers (`tuple[int, ...]`, *optional*): what the step `removed` removes. DeiT-B's 40 % in the paper.
         merging_r (`int`, *optional*, defaults to 24), merging_start (`int`, *optional*, defaults to 1):

@@ -170,3 +170,16 @@ def test_the_summary_of_a_headless_model_counts_no_head():
     # So many classes that counting their head would show.
     model = LambdaViTModel(LambdaViTConfig(**{**SMALL, "num_labels": 1000}))
     assert f"{count_macs(model.config, num_labels=0) / 1e9:.4g} GMACs" in summarize(model)
+
+
+def test_a_shape_is_counted_once_and_another_one_anew(monkeypatch):
+    counted = []
+    enter = FlopCounterMode.__enter__
+    monkeypatch.setattr(FlopCounterMode, "__enter__", lambda self: counted.append(1) or enter(self))
+    config = LambdaViTConfig(**{**SMALL, "intermediate_size": 28})
+    whole = count_macs(config)
+    config._name_or_path = "elsewhere"
+    assert count_macs(config) == whole and len(counted) == 1
+    assert count_macs(config, num_labels=0) < whole
+    config.attention_flags = [False, *config.attention_flags[1:]]
+    assert count_macs(config) < whole and len(counted) == 3
