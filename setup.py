@@ -25,8 +25,9 @@ TRAIN = [
     "timm>=1.0.20",
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+OPENVINO = [*EXPORT, "openvino>=2025.4"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
-TEST = [*TRAIN, *EXPORT, "hypothesis>=6.100", "import-linter>=2.0", "ipykernel", "mypy>=1.15", "nbclient>=0.10",
+TEST = [*TRAIN, *OPENVINO, "hypothesis>=6.100", "import-linter>=2.0", "ipykernel", "mypy>=1.15", "nbclient>=0.10",
         "peft>=0.18", "pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "scipy>=1.11", "setuptools>=77",
         "tensorboard"]  # fmt: skip
 
@@ -51,5 +52,5 @@ setup(
     py_modules=["lambda_vit_cli"],
     entry_points={"console_scripts": ["lambda-vit = lambda_vit_cli:main"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "docs": DOCS, "export": EXPORT, "test": TEST},
+    extras_require={"train": TRAIN, "docs": DOCS, "export": EXPORT, "openvino": OPENVINO, "test": TEST},
 )

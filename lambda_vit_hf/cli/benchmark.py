@@ -2,7 +2,7 @@
 
     lambda-vit benchmark --size base                           # DeiT-B's shape; under 5 minutes on a CPU
     lambda-vit benchmark --size small --batch_sizes 1 8 32 --dtype bf16 --compile
-    lambda-vit benchmark --engines --max_seconds 600           # onnxruntime too, in fp32 and int8
+    lambda-vit benchmark --engines --max_seconds 600           # onnxruntime in fp32 and int8, and OpenVINO
     lambda-vit benchmark --device cuda --dtype bf16 --batch_sizes 256 --compile
     lambda-vit benchmark --model outputs/digits/base --dataset_name digits --merging_r 1 \\
         --variants transformers outputs/digits outputs/digits+prepared+bf16 outputs/digits+merged+prepared+onnx+int8
@@ -12,13 +12,14 @@ and against transformers' model in the same engine and precision, which is added
 random unless --model names a checkpoint: speed does not depend on them. A variant is a source (transformers, timm,
 lambda, a checkpoint, an ONNX file) and steps: removed, folded, merged, stacked (one projection for query, key and
 value), prepared (stacked, and only the class token from the last attention on), fp32, bf16, fp16, compiled, exported,
-onnx, int8. Files in --output_dir: inference.json, inference.md and inference.png.
+onnx, int8, openvino. Files in --output_dir: inference.json, inference.md and inference.png.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from .images import add_dataset_options, dataset_options, dataset_place
@@ -36,7 +37,8 @@ ENGINE_VARIANTS = [
     "lambda+removed+folded+prepared+onnx", "lambda+removed+folded+merged+prepared+onnx",
     "lambda+removed+folded+prepared+onnx+int8", "lambda+removed+folded+merged+prepared+onnx+int8",
 ]  # fmt: skip
-_ENGINES = {"onnx", "exported", "compiled"}
+OPENVINO_VARIANTS = ["lambda+removed+folded+prepared+openvino", "lambda+removed+folded+merged+prepared+openvino"]
+_ENGINES = {"onnx", "openvino", "exported", "compiled"}
 
 
 def add_setup_arguments(parser: argparse.ArgumentParser, size: str, dtypes: Sequence[str]) -> None:
@@ -84,7 +86,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--variants", "--contenders", action=Renamed, nargs="+", help="see above; speed-ups are against the first")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8])
     add("--compile", action="store_true", help="compare each torch variant compiled, too")
-    add("--engines", action="store_true", help="compare onnxruntime, in fp32 and int8, too")
+    add("--engines", action="store_true", help="onnxruntime, in fp32 and int8, and OpenVINO, if installed, too")
     add("--merging_r", type=int, default=24, help="of the step `merged`: tokens per block that keeps attention")
     add("--merging_start", type=int, default=1, help="of the step `merged`: first such block that merges")
     add("--max_rounds", type=int, default=30)
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.compile:
         names = [*names, *(f"{name}+compiled" for name in names if not _ENGINES & set(name.split("+")))]
     if arguments.engines:
-        names = [*names, *ENGINE_VARIANTS]
+        names = [*names, *ENGINE_VARIANTS, *(OPENVINO_VARIANTS if find_spec("openvino") else [])]
     for name in names:
         parse_variant(name)  # a name that makes no sense is refused before any model is built
     labelled = None

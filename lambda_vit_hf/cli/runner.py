@@ -13,6 +13,7 @@ _LIBRARIES = ("datasets", "httpx", "httpx2", "huggingface_hub", "requests", "saf
 _EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "jinja2", "matplotlib", "scipy", "sklearn", "timm"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
 }
 
 

@@ -5,6 +5,7 @@ timm, timm+removed                 timm's ViT; without the removed layers' atten
 lambda+removed+folded+prepared     this package's
 outputs/digits+prepared+bf16       a checkpoint, and what is done to it
 lambda+removed+folded+onnx+int8    in onnxruntime
+lambda+removed+folded+openvino     the ONNX graph in OpenVINO; with bf16, computed in it where the CPU can
 outputs/digits_onnx/onnx/model.onnx  an ONNX file as it is
 """
 
@@ -30,8 +31,9 @@ from .reference_models import as_timm_vit, as_transformers_model, transformers_c
 SOURCES = ("transformers", "timm", "lambda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # In the order in which they are taken, however a name spells them.
-STEPS = ("removed", "folded", "merged", *DTYPES, "stacked", "prepared", "onnx", "int8", "exported", "compiled")
-_ENGINES = {"onnx", "exported", "compiled"}
+STEPS = ("removed", "folded", "merged", *DTYPES, "stacked", "prepared", "onnx", "int8", "openvino", "exported",
+         "compiled")  # fmt: skip
+_ENGINES = {"onnx", "openvino", "exported", "compiled"}
 _ONLY_HERE = {"folded", "merged", "stacked", "prepared"}
 
 SIZES = {
@@ -107,8 +109,9 @@ class Variant:
         image_shape: `(channels, height, width)` of one image.
         parameters, macs: `None` for an ONNX file.
         weights_bytes: of its weights, or of its file.
-        device: where it runs: onnxruntime sessions stay on the CPU.
+        device: where it runs: onnxruntime sessions and OpenVINO stay on the CPU.
         file: the ONNX file it runs.
+        precision: `fp32`, `bf16`, `fp16` or `int8`: what it computes in.
     """
 
     name: str
@@ -122,11 +125,10 @@ class Variant:
     device: str
     file: Path | None = None
     folder: tempfile.TemporaryDirectory | None = field(default=None, repr=False)  # of a file of its own
+    precision: str = ""
 
-    @property
-    def precision(self) -> str:
-        """`fp32`, `bf16`, `fp16` or `int8`."""
-        return "int8" if "int8" in self.name.split("+") else _SHORT[self.dtype]
+    def __post_init__(self):
+        self.precision = self.precision or ("int8" if "int8" in self.name.split("+") else _SHORT[self.dtype])
 
     def images(self, batch_size: int) -> torch.Tensor:
         """Noise `(batch, channels, height, width)` that it takes: the same for every variant."""
@@ -160,6 +162,8 @@ def parse_variant(name: str) -> tuple[str, list[str]]:
             raise ValueError(f"{name!r}: choose {rule} of {sorted(chosen & group)}.")
     if "int8" in chosen and ("onnx" not in chosen or chosen & {"bf16", "fp16"}):
         raise ValueError(f"{name!r}: int8 is a step of an fp32 model in onnx.")
+    if "openvino" in chosen and "fp16" in chosen:
+        raise ValueError(f"{name!r}: OpenVINO computes in fp32 or bf16 on a CPU.")
     if "onnx" in chosen and "bf16" in chosen:
         raise ValueError(f"{name!r}: onnxruntime takes no bf16 from numpy.")
     if source == "transformers" and chosen & {"removed", *_ONLY_HERE}:
@@ -203,7 +207,8 @@ def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
     if not set(steps) & set(DTYPES):
         steps = [step for step in STEPS if step in {*steps, setup.dtype}]
     model, config, function = _build_model(source, steps, setup)
-    dtype = next(DTYPES[step] for step in steps if step in DTYPES)
+    precision = next(step for step in steps if step in DTYPES)
+    dtype = torch.float32 if "openvino" in steps else DTYPES[precision]  # it rounds weights by itself
     model = model.to(setup.device, dtype)
     if "stacked" in steps or "prepared" in steps:
         model.prepare_for_inference(class_token_only="prepared" in steps)
@@ -218,6 +223,7 @@ def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
         macs=count_macs(config),
         weights_bytes=sum(value.nbytes for value in model.state_dict().values()),
         device=setup.device,
+        precision="int8" if "int8" in steps else precision,
     )
     _start_engine(variant, model, steps)
     return variant
@@ -256,10 +262,13 @@ def _start_engine(variant: Variant, model: nn.Module, steps: list[str]) -> None:
         variant.run = torch.compile(variant.run, fullgraph=True, dynamic=False, isolate_recompiles=True)
     elif "exported" in steps:
         variant.run = exported_program(model, variant.images(2)).module()
-    elif "onnx" in steps:
+    elif {"onnx", "openvino"} & set(steps):
         variant.folder = tempfile.TemporaryDirectory()
         variant.file = path = Path(variant.folder.name) / "model.onnx"
         export_onnx(model, path, variant.images(2))
+        if "openvino" in steps:
+            variant.run, variant.device = _run_openvino(path, variant.precision), "cpu"
+            return
         if "int8" in steps:
             variant.file, variant.function = path.with_name("int8.onnx"), None
             quantize_onnx(path, variant.file)
@@ -300,6 +309,29 @@ def _run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.cpu().numpy()})[0])
+
+    return run
+
+
+def _run_openvino(path: Path, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    Raises:
+        ValueError: if this CPU does not compute in bf16.
+    """
+    import openvino
+
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError("OpenVINO does not compute in bf16 on this CPU: leave `bf16` out.")
+    options = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(str(path), "CPU", options)
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(compiled([pixel_values.cpu().numpy()])[0].copy())
 
     return run
 

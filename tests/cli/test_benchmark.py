@@ -65,7 +65,8 @@ def test_compile_adds_a_compiled_twin_of_each_torch_variant(common, monkeypatch)
 
 
 def test_the_default_variants_make_sense():
-    for name in (*benchmark.CPU_VARIANTS, *benchmark.VARIANTS, *benchmark.ENGINE_VARIANTS):
+    for name in (*benchmark.CPU_VARIANTS, *benchmark.VARIANTS, *benchmark.ENGINE_VARIANTS,
+                 *benchmark.OPENVINO_VARIANTS):  # fmt: skip
         parse_variant(name)
 
 

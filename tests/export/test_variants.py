@@ -41,6 +41,8 @@ def test_a_path_may_hold_a_plus(tmp_path):
         ("lambda+bf16+bf16", "twice"),
         ("lambda+int8", "int8 is a step of an fp32 model in onnx"),
         ("lambda+bf16+onnx", "no bf16"),
+        ("lambda+fp16+openvino", "fp32 or bf16"),
+        ("lambda+onnx+openvino", "one engine"),
         ("transformers+removed", "as it is"),
         ("timm+folded", "this package's"),
         ("lambda+folded", "nothing to fold"),
@@ -135,3 +137,26 @@ def test_random_weights_are_the_same_in_every_process():
     one, other = (BenchmarkSetup(**shape).base_model for _ in range(2))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     assert (one.config.hidden_size, one.config.num_hidden_layers) == (192, 1)
+
+
+def test_openvino_gives_the_logits_of_pytorch_for_any_batch(setup):
+    variant, reference = (
+        build_variant("lambda+removed+folded+prepared+openvino", setup),
+        build_variant("lambda+removed", setup),
+    )
+    assert (variant.name, variant.precision) == ("lambda+removed+folded+prepared+openvino", "fp32")
+    for size in (1, 3):
+        expected = reference.run(reference.images(size))
+        torch.testing.assert_close(variant.run(variant.images(size)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_openvino_says_where_a_cpu_has_no_bf16(setup, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *args: ["FP32"])
+    with pytest.raises(ValueError, match="does not compute in bf16 on this CPU"):
+        build_variant("lambda+bf16+openvino", setup)
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *args: ["FP32", "BF16"])
+    variant = build_variant("lambda+bf16+openvino", setup)
+    assert (variant.precision, variant.dtype) == ("bf16", torch.float32)
+    assert logits(variant).shape == (3, 5)
