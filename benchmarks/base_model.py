@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.label_strategies import LABEL_STRATEGIES
-from benchmarks.linear_maps import fit_linear_maps, top1_with_maps
+from benchmarks.linear_maps import choose_for_linear_maps, fit_linear_maps, top1_with_maps
 from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
@@ -154,6 +154,12 @@ class BaseModel:
         }
         raw = {"sets": sets, "top1_loss": loss, "transfer_entropy": values}
         return {"seed": self.seed, "num_removed": num_layers, **raw, "correlations": correlations(**raw)}
+
+    def choose_for_linear_maps(self, number: int) -> list[list[int]]:
+        """Sets of 1, 2, ... `number` layers whose attention linear maps replace best, each in the order picked."""
+        with self._autocast():
+            order = choose_for_linear_maps(self.model, self.calibration, number)
+        return [order[:count] for count in range(1, number + 1)]
 
     def measure_linear_map(self, layers: list[int]) -> float:
         """Top-1 with linear maps in the place of the attention of these layers."""

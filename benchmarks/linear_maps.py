@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from lambda_vit_hf.data.dataset import collate
+from lambda_vit_hf.selection.output_change import sum_of_changes
 
 
 RIDGE = 1e-3  # of the mean square of the inputs
@@ -44,17 +45,39 @@ def fit_linear_maps(model, calibration: torch.Tensor, layers: Sequence[int]) -> 
 
 
 @torch.no_grad()
+def choose_for_linear_maps(model, calibration: torch.Tensor, number: int) -> list[int]:
+    """
+    Greedily, the layers whose attention linear maps replace best: with which the class probabilities stay nearest to
+    the whole model's (KL), on the images that the maps are fitted on.
+    """
+    pixel_values = calibration.to(model.device, model.dtype)
+    whole, order = _logits(model, pixel_values, {}), []
+    while len(order) < number:
+        rest = [layer for layer in model.config.kept_layers if layer not in order]
+        changes = []
+        for layer in rest:
+            maps = fit_linear_maps(model, calibration, [*order, layer])
+            changes.append(sum_of_changes(whole, _logits(model, pixel_values, maps), of_classes=True)[0].item())
+        order.append(rest[changes.index(min(changes))])
+    return order
+
+
+@torch.no_grad()
 def top1_with_maps(model, images: Dataset, maps: dict[int, torch.Tensor], batch_size: int = 180) -> float:
     """Accuracy, in [0, 1], with these maps in the place of attention, of items with `pixel_values` and `labels`."""
     right = total = 0
     for batch in DataLoader(images, batch_size=batch_size, collate_fn=collate):
-        hidden_states, extra = model.embed(batch["pixel_values"].to(model.device, model.dtype))
-        for index, layer in enumerate(model.encoder_layers):
-            hidden_states = _block(layer, hidden_states, maps.get(index), extra)
-        answers = model.read_out(hidden_states, "class_head").argmax(dim=-1).cpu()
+        answers = _logits(model, batch["pixel_values"].to(model.device, model.dtype), maps).argmax(dim=-1).cpu()
         right += int((answers == batch["labels"]).sum())
         total += int((batch["labels"] >= 0).sum())
     return right / total
+
+
+def _logits(model, pixel_values: torch.Tensor, maps: dict[int, torch.Tensor]) -> torch.Tensor:
+    hidden_states, extra = model.embed(pixel_values)
+    for index, layer in enumerate(model.encoder_layers):
+        hidden_states = _block(layer, hidden_states, maps.get(index), extra)
+    return model.read_out(hidden_states, "class_head")
 
 
 def _block(layer, hidden_states: torch.Tensor, linear_map: torch.Tensor | None, extra: dict) -> torch.Tensor:

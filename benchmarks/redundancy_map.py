@@ -5,8 +5,8 @@
     python -m benchmarks.redundancy_map results/redundancy_dinov2_small.json  # table and picture again
 
 In the place of the attention: nothing (`skip`), the stream itself (`identity`, which doubles it), or, for single
-layers and `--sets`, a linear map of each token fitted in closed form (benchmarks/linear_maps.py). Other options
-override fields of the recipe. Figures in OUTPUT.json, the picture in OUTPUT.png.
+layers, `--sets` and `--best_linear`, a linear map of each token fitted in closed form (benchmarks/linear_maps.py).
+Other options override fields of the recipe. Figures in OUTPUT.json, the picture in OUTPUT.png.
 """
 
 import argparse
@@ -30,6 +30,8 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("recipe", help="a YAML file; or figures of an earlier run (JSON)")
     parser.add_argument("--base_model", help="a trained classifier with all its attention")
     parser.add_argument("--sets", nargs="*", default=[], help='more sets of layers, such as "2 4 10"')
+    parser.add_argument("--best_linear", type=int, help="also choose so many layers for linear maps, and measure them")
+    parser.add_argument("--no_pairs", action="store_true", help="single layers and --sets only; no picture")
     parser.add_argument("--num_masked_images", type=int, default=500, help="validation images, evenly spaced")
     parser.add_argument("--output", type=Path, default=Path("outputs/redundancy"))
     options, overrides = parser.parse_known_args(argv)
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print_table(figures)
-    draw(figures, options.output.with_suffix(".png"))
+    if any(len(layers) == 2 for layers in figures["sets"]):
+        draw(figures, options.output.with_suffix(".png"))
 
 
 def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
@@ -59,7 +62,9 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
     depth = base.model.config.num_hidden_layers
     singles = [[layer] for layer in range(depth)]
     more = [[int(layer) for layer in one.split()] for one in options.sets]
-    sets = [*singles, *map(list, itertools.combinations(range(depth), 2)), *more]
+    more += base.choose_for_linear_maps(options.best_linear or 0)
+    pairs = [] if options.no_pairs else map(list, itertools.combinations(range(depth), 2))
+    sets = [*singles, *pairs, *more]
     return {
         "environment": describe_environment(experiment.training_args.device),
         "autocast_dtype": base.autocast_dtype,
