@@ -75,6 +75,10 @@ class DataArguments:
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Other names for the classes, in their order."}
     )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many images only, evenly spaced: to try things out."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
     streaming: bool = field(
         default=False, metadata={"help": "Read training images one after another instead of storing them first."}
     )

@@ -10,6 +10,7 @@ from ..data.dataset import ProcessedImages, RandomShift, check_images, collate
 from ..data.decoding import UnreadableImages
 from ..data.folders import load_image_dataset
 from ..data.mixing import MixupCollator
+from ..data.sampling import evenly_spaced
 from ..data.shards import sizes_of_stream
 from ..data.streaming import StreamedImages, sample_of_stream
 from .arguments import AugmentationArguments, DataArguments, LambdaTrainingArguments
@@ -23,9 +24,15 @@ def load_splits(
     images are of one class.
 
     Raises:
-        FileNotFoundError, ValueError: on a dataset that cannot be used, or on a wrong number of `class_names`.
+        FileNotFoundError, ValueError: on a dataset that cannot be used, a wrong number of `class_names`, or numbers of
+            images that are below 1 or asked of a stream.
     """
-    return load_image_dataset(
+    limits = {"max_train_samples": data_args.max_train_samples, "max_eval_samples": data_args.max_eval_samples}
+    for name, limit in limits.items():
+        if limit is not None and (limit < 1 or data_args.streaming):
+            reason = "a stream is read as it is" if data_args.streaming else f"it must be 1 or more, not {limit}"
+            raise ValueError(f"--{name}: {reason}.")
+    splits = load_image_dataset(
         data_args.dataset_name,
         data_args.dataset_dir,
         config_name=data_args.dataset_config,
@@ -37,6 +44,10 @@ def load_splits(
         class_names=data_args.class_names,
         labelled=labelled,
     )
+    for split, limit in zip(("train", "validation"), limits.values(), strict=True):
+        if limit is not None:
+            splits[split] = splits[split].select(evenly_spaced(len(splits[split]), limit))
+    return splits
 
 
 class TrainingImages:

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = "trainer_scripts/recipes/digits.yaml"
 SHAPE = "--hidden_size 16 --num_hidden_layers 4 --num_attention_heads 2 --intermediate_size 32".split()
 SMALL = """
---base_num_train_epochs 1 --num_train_epochs 2 --per_device_train_batch_size 128 --calibration_size 64 --random_shift 1
+--max_train_samples 360 --per_device_train_batch_size 32
+--base_num_train_epochs 1 --num_train_epochs 2 --calibration_size 64 --random_shift 1
 --drop_path_rate 0.1 --eval_strategy no --save_strategy steps --save_steps 4 --save_total_limit 20 --warmup_steps 2
 --logging_steps 4 --use_cpu true
 """.split()
@@ -130,13 +131,14 @@ def test_two_processes_give_the_same_layers_and_nearly_the_same_weights(finished
     # This checkout's package, whichever is installed: a script's own folder is on the path, not the current one.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Less than an epoch: a last batch that is not full is filled up differently by two processes.
-    same = ["--drop_path_rate", "0", "--base_num_train_epochs", "0.9", "--num_train_epochs", "0.9"]
+    same = ["--drop_path_rate", "0", "--base_num_train_epochs", "0.9", "--num_train_epochs", "0.9",
+            "--max_train_samples", "1437", "--per_device_train_batch_size", "128"]  # fmt: skip
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", "trainer_scripts/accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0",
         "trainer_scripts/train.py", RECIPE, "--output_dir", str(folder), *SMALL, *SHAPE,
         # Half the batch in each process: the same images in each step.
-        "--per_device_train_batch_size", "64", "--num_removed_layers", "2", *same,
+        "--num_removed_layers", "2", *same, "--per_device_train_batch_size", "64",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -6,6 +6,7 @@ from transformers import ViTImageProcessor
 
 from lambda_vit_hf.data.dataset import ProcessedImages, collate
 from lambda_vit_hf.data.mixing import MixupCollator
+from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.data.streaming import StreamedImages
 from lambda_vit_hf.training.arguments import AugmentationArguments, DataArguments, LambdaTrainingArguments
 from lambda_vit_hf.training.training_images import TrainingImages, check_augmentation, load_splits
@@ -80,3 +81,21 @@ def test_classes_can_be_named(tmp_path):
 def test_augmentations_that_exclude_each_other_are_refused(options, streaming, said):
     with pytest.raises(ValueError, match=said):
         check_augmentation(AugmentationArguments(**options), streaming)
+
+
+def test_fewer_images_evenly_spaced():
+    whole = load_splits(DataArguments(dataset_name="digits"))
+    part = load_splits(DataArguments(dataset_name="digits", max_train_samples=3, max_eval_samples=10_000))
+    assert len(part["train"]) == 3 and len(part["validation"]) == len(whole["validation"])
+    positions = evenly_spaced(len(whole["train"]), 3)
+    assert list(part["train"]["label"]) == list(whole["train"].select(positions)["label"])
+    assert part["train"].features == whole["train"].features
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"max_train_samples": 0}, "1 or more, not 0"), ({"max_eval_samples": 5, "streaming": True}, "a stream")],
+)
+def test_a_number_of_images_that_cannot_be_met_is_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_splits(DataArguments(dataset_name="digits", **options))
