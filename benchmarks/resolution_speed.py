@@ -2,6 +2,7 @@
 
     python -m benchmarks.resolution_speed --output_dir outputs/resolution
     python -m benchmarks.resolution_speed --models dinov2_small --image_sizes 768 1022 --batch_size 1
+    python -m benchmarks.resolution_speed --show results/resolution_*.json
 
 Attention's share of the work grows with the square of the tokens, so removal gains more on large images. Each model
 is compared with transformers' own, whole, in the same engine and precision: PyTorch, float32, sdpa. Weights are
@@ -9,6 +10,7 @@ random: speed does not depend on them. Removed layers are folded; `prepare_for_i
 gain is that of removal alone. Where a side is no multiple of the patch, the rest of the image is not seen.
 """
 
+import json
 import statistics
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,13 @@ from lambda_vit_hf import LambdaDinov2Config, LambdaViTConfig
 from lambda_vit_hf.cli.benchmark import write_result
 from lambda_vit_hf.cli.runner import run_program
 from lambda_vit_hf.evaluation.accounting import count_macs
-from lambda_vit_hf.evaluation.throughput import describe_environment, interleave, markdown_table, speedup
+from lambda_vit_hf.evaluation.throughput import (
+    describe_environment,
+    environment_line,
+    interleave,
+    markdown_table,
+    speedup,
+)
 
 
 # transformers' configuration and this package's.
@@ -168,11 +176,17 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add("--max_rounds", type=int, default=20)
     add("--max_seconds", type=float, default=120.0, help="per model and size (but 3 rounds in any case)")
     add("--output_dir", type=Path, default=Path("outputs/resolution"))
+    add("--show", type=Path, nargs="+", help="only print the tables of figures written before (JSON)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    for path in arguments.show or ():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        print(f"{resolution_table(result)}\n\n{environment_line(result['environment'])}\n")
+    if arguments.show:
+        return
     models = {name: MODELS[name] for name in arguments.models}
     result = measure_resolutions(
         models, arguments.image_sizes, arguments.num_removed, arguments.batch_size, arguments.max_rounds,

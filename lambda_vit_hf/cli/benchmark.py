@@ -91,6 +91,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--merging_start", type=int, default=1, help="of the step `merged`: first such block that merges")
     add("--max_rounds", type=int, default=30)
     add("--max_seconds", type=float, default=200.0, help="no new round after it (but 3 in any case)")
+    add("--show", type=Path, help="print and draw an inference.json again")
     add("--no_memory", action="store_true", help="leave out peak memory")
     add("--num_images", type=int, default=2000, help="to measure top-1 on, of the validation split, evenly spaced")
     add_dataset_options(parser)
@@ -107,10 +108,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
 
+    from ..evaluation.throughput import environment_line
     from ..export.inference_speed import inference_table, measure_inference
     from ..export.speed_picture import plot_inference
     from ..export.variants import parse_variant, with_partners
 
+    if arguments.show is not None:
+        result = json.loads(arguments.show.read_text(encoding="utf-8"))
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        plot_inference(result, arguments.output_dir / "inference.png")
+        print(f"{inference_table(result)}\n\n{environment_line(result['environment'])}")
+        return
     names = arguments.variants
     if names is None:
         names = CPU_VARIANTS if arguments.device == "cpu" and arguments.dtype is None else VARIANTS

@@ -169,7 +169,7 @@ def inference_table(result: dict) -> str:
         "ms, median": lambda row: f"{row['latency_ms']['median']:,.1f}",
         "ms, p95": lambda row: f"{row['latency_ms']['p95']:,.1f}",
         "x first": lambda row: f"{row['speedup']:.2f}",
-        "x transformers, same engine and precision": lambda row: _shown(row["speedup_like_for_like"], "{:.2f}"),
+        "x transformers, same engine and precision": lambda row: _shown(row.get("speedup_like_for_like"), "{:.2f}"),
         "peak MB": lambda row: _shown(row["peak_memory_mb"], "{:,.0f}"),
         "parameters (M)": lambda row: _shown(row["parameters"], "{:.2f}", 1e6),
         "GMACs": lambda row: _shown(row["macs"], "{:.2f}", 1e9),

@@ -48,13 +48,14 @@ def _scatter(axis, rows: list[dict]) -> None:
 def _bars(axis, rows: list[dict]) -> None:
     places = range(len(rows))
     speeds = [row["images_per_second"] for row in rows]
+    gains = [row.get("speedup_like_for_like") for row in rows]
     bars = axis.barh(places, speeds, color=[COLORS[row["precision"]] for row in rows])
-    axis.bar_label(bars, [f"{row['images_per_second']:,.1f}  ({row['speedup']:.2f}x)" for row in rows],
-                   padding=3, fontsize=8)  # fmt: skip
+    axis.bar_label(bars, [f"{speed:,.1f}" + (f"  ({gain:.2f}x)" if gain else "")
+                          for speed, gain in zip(speeds, gains, strict=True)], padding=3, fontsize=8)  # fmt: skip
     axis.set_yticks(places, [row["model"] for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.2)
-    axis.set_xlabel("images/s (and against the first)")
+    axis.set_xlabel("images/s (times transformers in the same engine and precision)")
     precisions = [name for name in COLORS if any(row["precision"] == name for row in rows)]
     handles = [Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in precisions]
     axis.legend(handles, precisions, fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0))

@@ -3,12 +3,16 @@
 Shapes: `(batch, tokens, hidden)`.
 """
 
+import logging
+
 import torch
 from torch import nn
 
 from .attention import attend, project, scaling_of
 from .blocks import BlockDescription
 
+
+logger = logging.getLogger(__name__)
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
@@ -110,6 +114,9 @@ class InferenceMixin:
         diluting = [i for i, layer in enumerate(self.encoder_layers) if layer.attention_state == "diluting"]
         if diluting:
             raise ValueError(f"Layers {diluting} have a lambda between 0 and 1: train on, or remove their attention.")
+        capability = torch.backends.cpu.get_cpu_capability()
+        if (self.device.type, self.dtype) == ("cpu", torch.bfloat16) and capability in ("DEFAULT", "AVX2"):
+            logger.warning("This CPU (%s) only emulates bfloat16, which is slower than float32.", capability)
         attending = [layer for layer in self.encoder_layers if layer.has_attention]
         for layer in attending:
             _check_linear_layers(layer.get_submodule(layer.block.attention))

@@ -1,6 +1,7 @@
 """Gains by resolution: like for like, and beside what arithmetic promises."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,10 @@ def test_layers_that_are_not_there_are_refused():
         measure_resolutions(TINY, (8,), (7,), disable_tqdm=True)
     with pytest.raises(ValueError, match="1 to 6"):
         measure_resolutions(TINY, (8,), (0,), disable_tqdm=True)
+
+
+def test_figures_of_before_are_printed_again(capsys):
+    files = sorted(Path(__file__).parents[2].glob("results/resolution_*.json"))
+    resolution_speed.main(["--show", *map(str, files)])
+    printed = capsys.readouterr().out
+    assert "| dinov2_small | 1022 | 5330 | 6 |" in printed and "| vit_base | 518 |" in printed

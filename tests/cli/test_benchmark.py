@@ -1,6 +1,7 @@
 """The programs around the benchmarks: what they print and write."""
 
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -74,3 +75,11 @@ def test_accuracy_needs_trained_weights(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--dataset_name", "digits", "--variants", "transformers"])
     assert "--model" in capsys.readouterr().err
+
+
+def test_figures_of_before_are_printed_and_drawn_again(tmp_path, capsys):
+    figures = Path(__file__).parents[2] / "results" / "benchmark_engines_cpu.json"
+    benchmark.main(["--show", str(figures), "--output_dir", str(tmp_path / "new")])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert len(rows) == 36 and "transformers+onnx+int8" in "".join(rows)
+    assert (tmp_path / "new" / "inference.png").stat().st_size > 10_000
