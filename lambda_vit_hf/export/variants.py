@@ -273,7 +273,7 @@ def _start_engine(variant: Variant, model: nn.Module, steps: list[str]) -> None:
             variant.file, variant.function = path.with_name("int8.onnx"), None
             quantize_onnx(path, variant.file)
         variant.weights_bytes = variant.file.stat().st_size
-        variant.run, variant.device = _run_session(variant.file), "cpu"
+        variant.run, variant.device = run_session(variant.file), "cpu"
 
 
 def _onnx_file(path: Path) -> Variant:
@@ -282,7 +282,7 @@ def _onnx_file(path: Path) -> Variant:
     (pixel_values,) = _session(path).get_inputs()
     return Variant(
         name=str(path),
-        run=_run_session(path),
+        run=run_session(path),
         dtype=torch.float16 if pixel_values.type == "tensor(float16)" else torch.float32,
         function=None,
         image_shape=tuple(pixel_values.shape[1:]),
@@ -304,7 +304,8 @@ def _session(path: Path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from pixel values to logits, by an ONNX file in onnxruntime on the CPU."""
     session = _session(path)
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:

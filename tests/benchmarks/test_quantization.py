@@ -1,0 +1,42 @@
+"""The comparison of ways to int8."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import quantization
+from lambda_vit_hf.export.onnx import export_onnx
+from lambda_vit_hf.export.variants import run_session
+
+
+def test_a_row_for_each_way_and_the_same_table_again(digits_vit, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "new" / "figures.json"
+    quantization.main([digits_vit, "--dataset_name", "digits", "--num_images", "40", "--num_calibration_images", "16",
+                       "--output", str(output)])  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["int8"] for row in rows] == ["fp32", "dynamic", *quantization.METHODS]
+    assert (rows[0]["agreement"], rows[0]["speedup"]) == (1.0, 1.0)
+    assert all(0 <= row["top1"] <= 1 and row["top1"] * 40 == pytest.approx(round(row["top1"] * 40)) for row in rows)
+    quantization.main(["--show", str(output)])
+    assert capsys.readouterr().out in printed
+
+
+def test_static_int8_is_near_and_does_not_depend_on_the_batch(model, tmp_path):
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    export_onnx(model, tmp_path / "model.onnx", images)
+    quantization.quantize_static_onnx(
+        tmp_path / "model.onnx", tmp_path / "int8.onnx", images, "static, least and largest"
+    )
+    with torch.no_grad():
+        difference = (run_session(tmp_path / "int8.onnx")(images) - model(images).logits).abs().mean().item()
+    assert 0 < difference < 0.2
+    alone, together = (run_session(tmp_path / "int8.onnx")(batch)[0] for batch in (images[:1], images))
+    torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_model_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        quantization.main([])
+    assert "name a model" in capsys.readouterr().err
