@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     if state.is_main_process and selection is not None:
         report(selection, arguments.output_dir)
-        print(f"to go on: {next_command(arguments, selection.layers)}")
+        print(f"to go on: {next_command(arguments, selection)}")
     state.destroy_process_group()
 
 
@@ -166,11 +166,10 @@ def _change_cells(point, has_head: bool) -> list[str]:
     return [f"{point.divergence:.4f}", *([f"{100 * point.agreement:.1f}"] if has_head else [])]
 
 
-def next_command(arguments: argparse.Namespace, layers: list[int]) -> str:
-    """The command that removes these layers from this model, with training on the same images."""
+def next_command(arguments: argparse.Namespace, selection) -> str:
+    """The command that removes these layers from this model, faded to what they were masked by, on the same images."""
     words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model, *dataset_words(arguments)]
-    fade = ["--fade_to", arguments.mask] if arguments.mask else []
-    return shlex.join([*words, "--removed_layers", *map(str, layers), *fade])
+    return shlex.join([*words, "--removed_layers", *map(str, selection.layers), "--fade_to", selection.mask])
 
 
 def report(selection, output_dir: Path) -> None:

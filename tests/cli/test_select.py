@@ -35,7 +35,7 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
     assert f"layers {selection.layers}" in printed
     layers = " ".join(map(str, selection.layers))
     command = f"lambda-vit train finetune --model_name_or_path {digits_vit} --dataset_name digits --removed_layers"
-    assert f"to go on: {command} {layers}\n" in printed
+    assert f"to go on: {command} {layers} --fade_to {selection.mask}\n" in printed
     assert ("% of resamples" in printed) == (strategy == "nose")
     pictures = {"entropy.png", "pairs.png"} | ({"search.png"} if strategy == "nose" else set())
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
