@@ -99,7 +99,7 @@ def test_a_bound_picks_the_number_and_shows_what_others_would_take(digits_vit, t
     selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
     assert len(selection.layers) == 3 and selection.strategy == "nose"
     assert "3 layers, by strategy" in printed and "| last | 1 2 3 |" in printed
-    assert f"--removed_layers {' '.join(map(str, selection.layers))}\n" in printed
+    assert f"--removed_layers {' '.join(map(str, selection.layers))} --fade_to identity\n" in printed
     how_many(digits_vit, tmp_path / "none", "--max_divergence", "0")
     assert "not one layer can go" in capsys.readouterr().out
     assert not (tmp_path / "none" / "selection.json").exists()
