@@ -89,6 +89,8 @@ class BaseModel:
         runs = []
         for fade_to, num_layers, name in itertools.product(fades, numbers, strategies):
             strategy, _, option = name.partition(":")
+            if option and option not in MASKS and not option.isdigit():
+                raise ValueError(f"{name!r}: a mask of {list(MASKS)} or the number of a draw comes after the colon.")
             if strategy in LABEL_STRATEGIES:
                 strategy = functools.partial(LABEL_STRATEGIES[strategy], labels=self.labels)
             seed = {"seed": 1000 * self.seed + int(option)} if option.isdigit() else {}

@@ -98,13 +98,15 @@ def trained(run: dict) -> list[str]:
 def print_regrets(runs: list[dict]) -> None:
     """
     Accuracy lost against the best set of layers that was trained, whatever it fades to, per seed and number removed:
-    mean over seeds, and its standard error where there are several.
+    mean over seeds, and its standard error where there are several. Whole blocks may do better: below 0.
     """
     rows = []
     for number, budget in itertools.product(*_distinct(runs)):
         of_number = [run for run in runs if run["num_removed"] == number and budget in run]
         best: dict[int, float] = {}
         for run in of_number:
+            if run.get("blocks"):
+                continue
             best[run["seed"]] = max(best.get(run["seed"], 0.0), run[budget])
         groups: dict[tuple, list[float]] = {}
         for run in of_number:

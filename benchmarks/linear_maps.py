@@ -38,7 +38,7 @@ def fit_linear_maps(model, calibration: torch.Tensor, layers: Sequence[int]) -> 
             inputs = _inputs(hidden_states).flatten(0, 1).double()
             branch = layer.attention_branch(hidden_states, **extra).flatten(0, 1).double()
             square = inputs.T @ inputs
-            square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+            square.diagonal().add_(RIDGE * square.diagonal().mean())
             maps[index] = torch.linalg.solve(square, inputs.T @ branch).to(hidden_states.dtype)
         hidden_states = _block(layer, hidden_states, maps.get(index), extra)
     return maps

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print_table(figures)
-    if any(len(layers) == 2 for layers in figures["sets"]):
+    depth = figures["depth"]
+    if sum(len(layers) == 2 for layers in figures["sets"]) == depth * (depth - 1) // 2:  # not without the pairs
         draw(figures, options.output.with_suffix(".png"))
 
 
@@ -65,6 +66,8 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
     more += base.choose_for_linear_maps(options.best_linear or 0)
     pairs = [] if options.no_pairs else map(list, itertools.combinations(range(depth), 2))
     sets = [*singles, *pairs, *more]
+    sets = list(map(list, dict.fromkeys(tuple(sorted(one)) for one in sets)))
+    of_linear = list(map(list, dict.fromkeys(tuple(sorted(one)) for one in [*singles, *more])))
     return {
         "environment": describe_environment(experiment.training_args.device),
         "autocast_dtype": base.autocast_dtype,
@@ -74,8 +77,8 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
         "whole": base.top1,
         "sets": sets,
         **{mask: base.measure_top1(sets, mask) for mask in MASKS},
-        "linear": [base.measure_linear_map(one) for one in [*singles, *more]],
-        "sets_of_linear": [*singles, *more],
+        "linear": [base.measure_linear_map(one) for one in of_linear],
+        "sets_of_linear": of_linear,
     }
 
 

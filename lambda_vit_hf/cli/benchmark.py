@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.engines:
         names = [*names, *ENGINE_VARIANTS, *(OPENVINO_VARIANTS if find_spec("openvino") else [])]
     for name in names:
-        parse_variant(name)  # a name that makes no sense is refused before any model is built
+        parse_variant(name, arguments.dtype or "fp32")  # refused before any model is built
     labelled = None
     if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import labelled_images

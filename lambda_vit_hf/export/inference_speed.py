@@ -49,7 +49,7 @@ def measure_inference(
             than 1e-3.
     """
     for name in names:
-        parse_variant(name)  # a name that makes no sense is refused before any model is built
+        parse_variant(name, setup.dtype)  # a name that makes no sense is refused before any model is built
     begin = time.perf_counter()
     deadline = begin + max_seconds
     with tqdm(names, desc="building models", leave=False, disable=disable_tqdm) as bar:

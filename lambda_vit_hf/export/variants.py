@@ -140,9 +140,10 @@ class Variant:
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def parse_variant(name: str) -> tuple[str, list[str]]:
+def parse_variant(name: str, dtype: str | None = None) -> tuple[str, list[str]]:
     """
-    Source and steps of a variant's name, the steps in the order in which they are taken.
+    Source and steps of a variant's name, the steps in the order in which they are taken; `dtype` is that of names that
+    give none.
 
     Raises:
         ValueError: on steps that are repeated or cannot be combined.
@@ -156,6 +157,8 @@ def parse_variant(name: str) -> tuple[str, list[str]]:
         raise ValueError(f"{name!r} names a step twice.")
     if len(words) > 1 and not Path(source).exists():
         raise ValueError(f"{name!r}: unknown step {words[-1]!r}; the steps are {list(STEPS)}.")
+    if dtype is not None and not set(steps) & set(DTYPES) and not source.endswith(".onnx"):
+        steps.append(dtype)
     chosen = set(steps)
     for rule, group in (("one precision", set(DTYPES)), ("one engine", _ENGINES)):
         if len(chosen & group) > 1:
@@ -201,11 +204,9 @@ def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
     Raises:
         ValueError: if the name makes no sense, or not for this setup's model.
     """
-    source, steps = parse_variant(name)
+    source, steps = parse_variant(name, setup.dtype)
     if source.endswith(".onnx"):
         return _onnx_file(Path(source))
-    if not set(steps) & set(DTYPES):
-        steps = [step for step in STEPS if step in {*steps, setup.dtype}]
     model, config, function = _build_model(source, steps, setup)
     precision = next(step for step in steps if step in DTYPES)
     dtype = torch.float32 if "openvino" in steps else DTYPES[precision]  # it rounds weights by itself

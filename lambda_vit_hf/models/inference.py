@@ -115,8 +115,8 @@ class InferenceMixin:
         if diluting:
             raise ValueError(f"Layers {diluting} have a lambda between 0 and 1: train on, or remove their attention.")
         capability = torch.backends.cpu.get_cpu_capability()
-        if (self.device.type, self.dtype) == ("cpu", torch.bfloat16) and capability in ("DEFAULT", "AVX2"):
-            logger.warning("This CPU (%s) only emulates bfloat16, which is slower than float32.", capability)
+        if (self.device.type, self.dtype) == ("cpu", torch.bfloat16) and capability == "AVX2":
+            logger.warning("This CPU (%s) has no instructions for bfloat16: float32 may be faster.", capability)
         attending = [layer for layer in self.encoder_layers if layer.has_attention]
         for layer in attending:
             _check_linear_layers(layer.get_submodule(layer.block.attention))

@@ -110,6 +110,11 @@ def select_by_labels(rule, model, items, mask="skip"):
     return BaseModel(model, images, items, seed=0, labels=labels).compare_strategies([rule], [2], [mask])
 
 
+def test_a_mask_that_does_not_exist_is_refused(model, items):
+    with pytest.raises(ValueError, match="'nose:skp'"):
+        select_by_labels("nose:skp", model, items)
+
+
 def without(model, layers, mask):
     model = copy.deepcopy(model)
     model.set_fade_to(mask)

@@ -41,6 +41,27 @@ def test_a_map_of_every_layer_and_pair(tmp_path, digits_vit, capsys):
     assert capsys.readouterr().out == printed and (tmp_path / "again.png").exists()
 
 
+def test_without_pairs_there_is_no_picture(tmp_path, digits_vit, capsys):
+    shape = [
+        "--hidden_size",
+        "16",
+        "--num_hidden_layers",
+        "3",
+        "--num_attention_heads",
+        "2",
+        "--intermediate_size",
+        "32",
+    ]
+    output = tmp_path / "linear"
+    redundancy_map.main(
+        [RECIPE, *shape, "--base_model", digits_vit, "--num_masked_images", "20", "--calibration_size", "32",
+         "--use_cpu", "true", "--no_pairs", "--best_linear", "2", "--output", str(output)]
+    )  # fmt: skip
+    sets = json.loads(output.with_suffix(".json").read_text())["sets"]
+    assert sets[:3] == [[0], [1], [2]] and [len(one) for one in sets[3:]] == [2]
+    assert not output.with_suffix(".png").exists()
+
+
 def test_layers_are_chosen_for_their_maps(model):
     images = torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

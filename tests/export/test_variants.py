@@ -76,6 +76,15 @@ def test_partners_are_added_where_transformers_has_the_model(setup, removed, tmp
     assert with_partners(names, BenchmarkSetup(model=str(tmp_path))) == names
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("lambda+onnx", "bf16"), ("lambda+openvino", "fp16"), ("lambda+onnx+int8", "fp16")]
+)
+def test_the_dtype_of_all_must_fit_each_name(name, dtype):
+    with pytest.raises(ValueError, match=name.replace("+", "[+]")):
+        parse_variant(name, dtype)
+    assert parse_variant(f"{name}+fp32", dtype) == parse_variant(name, "fp32")
+
+
 SAME_FUNCTION = {
     "all attention": ["timm", "lambda", "lambda+prepared", "lambda+exported"],
     "removed": ["timm+removed", "lambda+removed", "lambda+removed+folded", "lambda+removed+folded+prepared"],

@@ -202,7 +202,7 @@ def test_it_can_neither_be_trained_nor_changed(prepared, pixel_values, call):
     [(torch.bfloat16, "AVX2", True), (torch.bfloat16, "AVX512", False), (torch.float32, "AVX2", False)],
     ids=str,
 )
-def test_where_a_cpu_only_emulates_bfloat16_it_says_so(model, monkeypatch, caplog, dtype, capability, warns):
+def test_where_a_cpu_has_no_instructions_for_bfloat16_it_says_so(model, monkeypatch, caplog, dtype, capability, warns):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model.to(dtype).prepare_for_inference()
-    assert ("emulates bfloat16" in caplog.text) == warns
+    assert ("no instructions for bfloat16" in caplog.text) == warns
