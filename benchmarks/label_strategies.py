@@ -7,24 +7,25 @@ import torch
 from torch.nn import functional
 
 from lambda_vit_hf.selection.search import AttentionSearch
+from lambda_vit_hf.selection.strategies import greedy
 
 
 def loss(search: AttentionSearch, labels: torch.Tensor) -> list[int]:
     """Greedily, the layer without which the cross-entropy of the labels is least."""
-    order: list[int] = []
-    while len(order) < search.num_layers:
-        sets = {layer: [*order, layer] for layer in search.candidates if layer not in order}
+
+    def losses(sets: list[list[int]]) -> list[float]:
         sums = torch.zeros(len(sets), dtype=torch.float64)
         batches = iter(labels.split(search.passes.batches.batch_size))
 
-        def measure(pixel_values, folds, sets=sets, sums=sums, batches=batches):
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
             targets = next(batches).to(pixel_values.device)
-            for (position,), logits in search.forward(pixel_values, list(sets.values())):
+            for (position,), logits in search.forward(pixel_values, sets):
                 sums[position] += functional.cross_entropy(logits.double(), targets, reduction="sum").cpu()
 
         search.passes.for_each_batch(measure, "loss")
-        order.append(list(sets)[int(sums.argmin())])
-    return order
+        return sums.tolist()
+
+    return greedy(search.candidates, search.num_layers, losses)
 
 
 def loss_gradient(search: AttentionSearch, labels: torch.Tensor) -> list[int]:

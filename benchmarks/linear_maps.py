@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.selection.output_change import sum_of_changes
+from lambda_vit_hf.selection.strategies import greedy
 
 
 RIDGE = 1e-3  # of the mean square of the inputs
@@ -51,15 +52,13 @@ def choose_for_linear_maps(model, calibration: torch.Tensor, number: int) -> lis
     the whole model's (KL), on the images that the maps are fitted on.
     """
     pixel_values = calibration.to(model.device, model.dtype)
-    whole, order = _logits(model, pixel_values, {}), []
-    while len(order) < number:
-        rest = [layer for layer in model.config.kept_layers if layer not in order]
-        changes = []
-        for layer in rest:
-            maps = fit_linear_maps(model, calibration, [*order, layer])
-            changes.append(sum_of_changes(whole, _logits(model, pixel_values, maps), of_classes=True)[0].item())
-        order.append(rest[changes.index(min(changes))])
-    return order
+    whole = _logits(model, pixel_values, {})
+
+    def changes(sets: list[list[int]]) -> list[float]:
+        logits = (_logits(model, pixel_values, fit_linear_maps(model, calibration, layers)) for layers in sets)
+        return [sum_of_changes(whole, one, of_classes=True)[0].item() for one in logits]
+
+    return greedy(model.config.kept_layers, number, changes)
 
 
 @torch.no_grad()

@@ -11,14 +11,12 @@ Other options override fields of the recipe. Figures in OUTPUT.json, the picture
 
 import argparse
 import itertools
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.figures import measured_or_read, read_recipe_or_figures
 from lambda_vit_hf.evaluation.throughput import describe_environment, environment_line, markdown_table
 from lambda_vit_hf.selection.masked_forward import MASKS
 
@@ -27,28 +25,17 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe", help="a YAML file; or figures of an earlier run (JSON)")
-    parser.add_argument("--base_model", help="a trained classifier with all its attention")
     parser.add_argument("--sets", nargs="*", default=[], help='more sets of layers, such as "2 4 10"')
     parser.add_argument("--best_linear", type=int, help="also choose so many layers for linear maps, and measure them")
     parser.add_argument("--no_pairs", action="store_true", help="single layers and --sets only; no picture")
     parser.add_argument("--num_masked_images", type=int, default=500, help="validation images, evenly spaced")
     parser.add_argument("--output", type=Path, default=Path("outputs/redundancy"))
-    options, overrides = parser.parse_known_args(argv)
-    if not options.recipe.endswith(".json") and options.base_model is None:
-        parser.error("--base_model is missing")
-    return options, overrides
+    return read_recipe_or_figures(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options, overrides = read_command_line(argv)
-    if options.recipe.endswith(".json"):
-        figures = json.loads(Path(options.recipe).read_text(encoding="utf-8"))
-    else:
-        figures = measure(options, overrides)
-        figures["command"] = shlex.join(["python", "-m", "benchmarks.redundancy_map", *(argv or sys.argv[1:])])
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = measured_or_read("benchmarks.redundancy_map", measure, options, overrides, argv)
     print_table(figures)
     depth = figures["depth"]
     if sum(len(layers) == 2 for layers in figures["sets"]) == depth * (depth - 1) // 2:  # not without the pairs

@@ -11,47 +11,34 @@ of the recipe.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.data import Subset
 
+from benchmarks.figures import measured_or_read, read_recipe_or_figures
 from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.evaluation.throughput import describe_environment, environment_line, markdown_table
 from lambda_vit_hf.selection.entropy import GaussianEntropy
 from lambda_vit_hf.selection.masked_forward import MASKS
 from lambda_vit_hf.selection.search import AttentionSearch
+from lambda_vit_hf.selection.strategies import greedy
 
 
 def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe", help="a YAML file; or figures of an earlier run (JSON)")
-    parser.add_argument("--base_model", help="a trained classifier with all its attention")
     parser.add_argument("--num_removed", type=int, default=6)
     parser.add_argument("--num_images", type=int, nargs="+", default=[256, 32, 64, 128, 512])
     parser.add_argument("--fade_to", default="skip", help="what the mask of the reference does: skip or identity")
     parser.add_argument("--output", type=Path, default=Path("outputs/protocol"))
-    options, overrides = parser.parse_known_args(argv)
-    if not options.recipe.endswith(".json") and options.base_model is None:
-        parser.error("--base_model is missing")
-    return options, overrides
+    return read_recipe_or_figures(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options, overrides = read_command_line(argv)
-    if options.recipe.endswith(".json"):
-        figures = json.loads(Path(options.recipe).read_text(encoding="utf-8"))
-    else:
-        figures = measure(options, overrides)
-        figures["command"] = shlex.join(["python", "-m", "benchmarks.selection_protocol", *(argv or sys.argv[1:])])
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print_table(figures)
+    print_table(measured_or_read("benchmarks.selection_protocol", measure, options, overrides, argv))
 
 
 def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
@@ -97,22 +84,20 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
 
 def nose_of_batches(search: AttentionSearch) -> list[int]:
     """NOSE by the mean over batches of each batch's own transfer entropy."""
-    order: list[int] = []
-    while len(order) < search.num_layers:
-        rest = [layer for layer in search.candidates if layer not in order]
-        sets = [[], *([*order, layer] for layer in rest)]
-        values = torch.zeros(len(sets), dtype=torch.float64)
 
-        def measure(pixel_values, folds, sets=sets, values=values):
-            for (position,), features in search.forward(pixel_values, sets):
+    def sizes(sets: list[list[int]]) -> list[float]:
+        values = torch.zeros(1 + len(sets), dtype=torch.float64)
+
+        def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
+            for (position,), features in search.forward(pixel_values, [[], *sets]):
                 of_batch = GaussianEntropy()
                 of_batch.update(features)
                 values[position] += of_batch.value()
 
         search.passes.for_each_batch(measure, "entropy of batches")
-        sizes = [search.size((values[0] - value).item()) for value in values[1:]]
-        order.append(rest[sizes.index(min(sizes))])
-    return order
+        return [search.size((values[0] - value).item()) for value in values[1:]]
+
+    return greedy(search.candidates, search.num_layers, sizes)
 
 
 def print_table(figures: dict) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from lambda_vit_hf.evaluation.accounting import count_macs
 from lambda_vit_hf.selection.output_change import sum_of_changes
+from lambda_vit_hf.selection.strategies import greedy
 
 
 def without_blocks(model, blocks: list[int]):
@@ -67,9 +68,9 @@ def choose_blocks(model, calibration: torch.Tensor, number: int, batch_size: int
     def logits(one) -> torch.Tensor:
         return torch.cat([one(batch.to(one.device)).logits for batch in calibration.split(batch_size)])
 
-    whole, chosen = logits(model), []
-    for _ in range(number):
-        rest = [block for block in range(model.config.num_hidden_layers) if block not in chosen]
-        changes = [sum_of_changes(whole, logits(without_blocks(model, [*chosen, block])), True)[0] for block in rest]
-        chosen.append(rest[int(torch.stack(changes).argmin())])
-    return sorted(chosen)
+    whole = logits(model)
+
+    def changes(sets: list[list[int]]) -> list[float]:
+        return [sum_of_changes(whole, logits(without_blocks(model, blocks)), True)[0].item() for blocks in sets]
+
+    return sorted(greedy(range(model.config.num_hidden_layers), number, changes))

@@ -6,7 +6,7 @@ A strategy is a function from an [`AttentionSearch`] to layers, in the order pic
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import layer_scores
 from .search import AttentionSearch
@@ -60,17 +60,36 @@ def exhaustive(search: AttentionSearch) -> list[int]:
     return list(min(zip(values, sets, strict=True), key=lambda pair: search.size(pair[0]))[1])
 
 
+def greedy(candidates: Sequence[int], number: int, measure: Callable[[list[list[int]]], Sequence[float]]) -> list[int]:
+    """
+    One candidate after the other, each time the one with which the set has the least value; the first of equals.
+
+    Args:
+        candidates (`Sequence[int]`): to pick from.
+        number (`int`): how many to pick.
+        measure (`Callable`): from sets of candidates to one value each, in any unit.
+
+    Returns:
+        `list[int]`: in the order picked.
+    """
+    order: list[int] = []
+    while len(order) < number:
+        rest = [one for one in candidates if one not in order]
+        values = measure([[*order, one] for one in rest])
+        order.append(min(zip(values, rest, strict=True), key=lambda pair: pair[0])[1])
+    return order
+
+
 def divergence(search: AttentionSearch) -> list[int]:
     """
     Greedy as [`nose`], but the layer with which the output stays nearest to the whole model's: the least KL divergence
     of the class probabilities, or cosine distance of the features (see [`AttentionSearch.output_change`]).
     """
-    order: list[int] = []
-    while len(order) < search.num_layers:
-        rest = [layer for layer in search.candidates if layer not in order]
-        changes = search.output_change([[*order, layer] for layer in rest])
-        order.append(min(zip(changes, rest, strict=True), key=lambda pair: pair[0].divergence)[1])
-    return order
+
+    def divergences(sets: list[list[int]]) -> list[float]:
+        return [change.divergence for change in search.output_change(sets)]
+
+    return greedy(search.candidates, search.num_layers, divergences)
 
 
 def lowest_entropy(search: AttentionSearch) -> list[int]:

@@ -4,6 +4,9 @@ import pytest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 
+SHAPE = "--hidden_size 16 --num_hidden_layers 3 --num_attention_heads 2 --intermediate_size 32".split()
+
+
 @pytest.fixture
 def digits_vit(tmp_path):
     config = ViTConfig(

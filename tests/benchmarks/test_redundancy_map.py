@@ -10,6 +10,7 @@ import torch
 from benchmarks import linear_maps, redundancy_map
 from benchmarks.linear_maps import fit_linear_maps, top1_with_maps
 from lambda_vit_hf.selection.masked_forward import MASKS
+from tests.benchmarks.conftest import SHAPE
 
 
 RECIPE = str(Path(__file__).parents[2] / "trainer_scripts" / "recipes" / "digits.yaml")
@@ -17,18 +18,8 @@ RECIPE = str(Path(__file__).parents[2] / "trainer_scripts" / "recipes" / "digits
 
 def test_a_map_of_every_layer_and_pair(tmp_path, digits_vit, capsys):
     output = tmp_path / "map"
-    shape = [
-        "--hidden_size",
-        "16",
-        "--num_hidden_layers",
-        "3",
-        "--num_attention_heads",
-        "2",
-        "--intermediate_size",
-        "32",
-    ]
     redundancy_map.main(
-        [RECIPE, *shape, "--base_model", digits_vit, "--num_masked_images", "40", "--calibration_size", "32",
+        [RECIPE, *SHAPE, "--base_model", digits_vit, "--num_masked_images", "40", "--calibration_size", "32",
          "--use_cpu", "true", "--sets", "0 1 2", "--best_linear", "1", "--output", str(output)]
     )  # fmt: skip
     figures = json.loads(output.with_suffix(".json").read_text())
@@ -42,19 +33,9 @@ def test_a_map_of_every_layer_and_pair(tmp_path, digits_vit, capsys):
 
 
 def test_without_pairs_there_is_no_picture(tmp_path, digits_vit, capsys):
-    shape = [
-        "--hidden_size",
-        "16",
-        "--num_hidden_layers",
-        "3",
-        "--num_attention_heads",
-        "2",
-        "--intermediate_size",
-        "32",
-    ]
     output = tmp_path / "linear"
     redundancy_map.main(
-        [RECIPE, *shape, "--base_model", digits_vit, "--num_masked_images", "20", "--calibration_size", "32",
+        [RECIPE, *SHAPE, "--base_model", digits_vit, "--num_masked_images", "20", "--calibration_size", "32",
          "--use_cpu", "true", "--no_pairs", "--best_linear", "2", "--output", str(output)]
     )  # fmt: skip
     sets = json.loads(output.with_suffix(".json").read_text())["sets"]

@@ -9,17 +9,16 @@ import torch
 from benchmarks import selection_protocol
 from lambda_vit_hf import select_attention_layers
 from lambda_vit_hf.selection.masked_forward import MaskedForward
+from tests.benchmarks.conftest import SHAPE
 
 
 RECIPE = str(Path(__file__).parents[2] / "trainer_scripts" / "recipes" / "digits.yaml")
 
 
 def test_one_row_for_each_change(tmp_path, digits_vit, capsys):
-    shape = ["--hidden_size", "16", "--num_hidden_layers", "3", "--num_attention_heads", "2", "--intermediate_size",
-             "32"]  # fmt: skip
     output = tmp_path / "protocol"
     selection_protocol.main(
-        [RECIPE, *shape, "--base_model", digits_vit, "--num_removed", "2", "--num_images", "64", "32",
+        [RECIPE, *SHAPE, "--base_model", digits_vit, "--num_removed", "2", "--num_images", "64", "32",
          "--use_cpu", "true", "--output", str(output)]
     )  # fmt: skip
     rows = json.loads(output.with_suffix(".json").read_text())["rows"]
