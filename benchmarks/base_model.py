@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.label_strategies import LABEL_STRATEGIES
-from benchmarks.linear_maps import choose_for_linear_maps, fit_linear_maps, top1_with_maps
+from benchmarks.linear_maps import change_by_linear_maps, choose_for_linear_maps, with_linear_maps
 from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
@@ -84,7 +84,7 @@ class BaseModel:
         Every strategy at every number of removed layers, for each `fade_to`: layers, what taking them out changes
         (transfer entropy and KL divergence in nats, top-1), nothing trained. `"nose:skip"` is `"nose"` with the mask
         `"skip"`, whatever attention fades to; `"random:3"` is another draw than `"random:2"`; `label_strategies` has
-        more.
+        more. Of `"linear"`, layers are chosen with the mask `"skip"`.
         """
         runs = []
         for fade_to, num_layers, name in itertools.product(fades, numbers, strategies):
@@ -94,13 +94,15 @@ class BaseModel:
             if strategy in LABEL_STRATEGIES:
                 strategy = functools.partial(LABEL_STRATEGIES[strategy], labels=self.labels)
             seed = {"seed": 1000 * self.seed + int(option)} if option.isdigit() else {}
-            mask = option if option in MASKS else fade_to
+            mask = option if option in MASKS else "skip" if fade_to == "linear" else fade_to
             selection = self.select(strategy, num_layers, mask=mask, **seed)
             runs.append({
                 "seed": self.seed, "fade_to": fade_to, "strategy": name, "num_removed": num_layers,
                 "layers": selection.layers, "order": selection.order,
                 "transfer_entropy": selection.transfer_entropy, "top1_before": self.top1,
             })  # fmt: skip
+            if fade_to == "linear":
+                runs[-1]["top1_linear"] = self.measure_linear_map(selection.layers)
         return self.add_divergence(self.add_top1(runs))
 
     def compare_blocks(self, numbers: Sequence[int]) -> list[dict]:
@@ -118,7 +120,12 @@ class BaseModel:
 
     def add_divergence(self, runs: list[dict]) -> list[dict]:
         """To each run, the KL divergence from the whole model (nats) when its layers are masked as they will fade."""
-        for fade_to in {run["fade_to"]: None for run in runs}:
+        with_maps = [run for run in runs if run["fade_to"] == "linear"]
+        with self._autocast():
+            changes = change_by_linear_maps(self.model, self.calibration, [run["layers"] for run in with_maps])
+        for run, change in zip(with_maps, changes, strict=True):
+            run["divergence"] = change.divergence
+        for fade_to in {run["fade_to"]: None for run in runs if run["fade_to"] != "linear"}:
             of_fade = [run for run in runs if run["fade_to"] == fade_to]
             found = []
 
@@ -166,7 +173,8 @@ class BaseModel:
     def measure_linear_map(self, layers: list[int]) -> float:
         """Top-1 with linear maps in the place of the attention of these layers."""
         with self._autocast():
-            return top1_with_maps(self.model, self.validation, fit_linear_maps(self.model, self.calibration, layers))
+            (top1,) = masked_top1(with_linear_maps(self.model, self.calibration, layers), self.validation, [[]])
+        return top1
 
     def measure_top1(self, sets: list, mask: str) -> list[float]:
         """Top-1 right after the attention of each set is taken out."""

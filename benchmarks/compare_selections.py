@@ -11,11 +11,11 @@
 For each seed: a base model, trained by the recipe or given; every strategy at every number of removed layers, with its
 transfer entropy, top-1 right after removal and top-1 after dilution (each distinct set of layers is trained once; the
 whole model too, for as long: the control); what NOSE picks with each output, mask and comparison; and random sets, for
-the correlation of transfer entropy with the loss of accuracy. `--fades identity skip` does it for each thing that
-attention can fade to, and `--budgets 2 6` for trainings of so many epochs. A strategy masks as attention fades, but
-`nose:skip` always by `skip`; `random:0 random:1` are several draws; `loss` and `loss_gradient` use labels. `--blocks`
-removes whole blocks too, as many as save the same. Other options override fields of the recipe; with `--distillation`
-the teacher is the base model.
+the correlation of transfer entropy with the loss of accuracy. `--fades identity skip linear` does it for each thing
+that can take the place of attention (linear maps are there at once, see `fit_linear_maps`), and `--budgets 2 6` for
+trainings of so many epochs. A strategy masks as attention fades, but `nose:skip` always by `skip`; `random:0 random:1`
+are several draws; `loss` and `loss_gradient` use labels. `--blocks` removes whole blocks too, as many as save the
+same. Other options override fields of the recipe; with `--distillation` the teacher is the base model.
 
 The last tables: how far each strategy ends behind the best of all sets that were trained (its regret), and which
 figure taken before training ranks the trained sets as training does.
@@ -57,7 +57,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--num_removed", type=int, nargs="+", default=[3, 4, 5, 6])
     parser.add_argument("--base_models", nargs="+", help="a trained model per seed; without it the recipe trains them")
-    parser.add_argument("--fades", nargs="+", default=["identity"], help="what attention fades to: identity, skip")
+    parser.add_argument("--fades", nargs="+", default=["identity"], help="identity, skip, linear")
     parser.add_argument("--budgets", type=float, nargs="+", default=[None], help="epochs; by default the recipe's")
     parser.add_argument("--num_masked_images", type=int, help="for top-1 right after removal; all by default")
     parser.add_argument("--no_choices", action="store_true", help="only the strategies as they are")

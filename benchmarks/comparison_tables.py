@@ -15,6 +15,7 @@ MEASURED = {
     "top1_before": "top-1 before (%)",
     "top1_skip": "skipped (%)",
     "top1_identity": "doubled (%)",
+    "top1_linear": "mapped (%)",
     "top1_diluted": "diluted (%)",
 }
 PREDICTORS = ("transfer_entropy", "divergence", "top1_before_training")

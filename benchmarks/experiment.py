@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from benchmarks.base_model import BaseModel
 from benchmarks.whole_blocks import without_blocks
+from lambda_vit_hf import fit_linear_maps
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.data.sampling import evenly_spaced
 from lambda_vit_hf.evaluation.metrics import classification_metrics
@@ -76,15 +77,10 @@ class Experiment:
             processor.save_pretrained(folder)
             model = AutoLambdaModelForImageClassification.from_pretrained(folder)
         images = self._images(processor, seed)
-        calibration = images.calibration(self.removal_args.calibration_size)
-        indices = evenly_spaced(len(calibration), self.removal_args.calibration_size)
-        items = list(Subset(calibration, indices))
-        pixel_values = torch.stack([item["pixel_values"] for item in items])
-        labels = torch.tensor([item["labels"] for item in items])
+        pixel_values, labels = self._calibration(images)
         validation = Subset(images.evaluation, evenly_spaced(len(images.evaluation), self.num_masked_images))
-        autocast_dtype = "bfloat16" if self.training_args.bf16 else None
         model = model.to(self.training_args.device)
-        return BaseModel(model, pixel_values, validation, seed, autocast_dtype, labels)
+        return BaseModel(model, pixel_values, validation, seed, self._autocast_dtype, labels)
 
     def dilute(
         self,
@@ -98,7 +94,7 @@ class Experiment:
         """
         Top-1 of the removed model after the recipe's training, from the base model of a seed. With no layers: of the
         whole model after the same training, which tells what the training alone does. `blocks` are left out, whole,
-        from the first step on.
+        from the first step on; with `fade_to="linear"`, linear maps are there from the first step on.
         """
         set_seed(seed)
         model, processor, _ = self._start(seed, checkpoint)
@@ -106,8 +102,16 @@ class Experiment:
         if blocks:
             model = without_blocks(model, list(blocks))
             set_seed(seed)
-        dilution = dataclasses.replace(self.removal_args.dilution_config(), fade_to=fade_to)
-        callbacks = [EntropyGuidedRemovalCallback(removed_layers=layers, dilution=dilution)] if layers else []
+        callbacks = []
+        if fade_to == "linear":
+            pixel_values, _ = self._calibration(self._images(processor, seed))
+            maps = fit_linear_maps(model, pixel_values, layers, autocast_dtype=self._autocast_dtype, disable_tqdm=True)
+            teacher = copy.deepcopy(model)
+            model.replace_attention(maps)
+            set_seed(seed)
+        elif layers:
+            dilution = dataclasses.replace(self.removal_args.dilution_config(), fade_to=fade_to)
+            callbacks = [EntropyGuidedRemovalCallback(removed_layers=layers, dilution=dilution)]
         epochs, learning_rate = num_epochs or self.training_args.num_train_epochs, self.training_args.learning_rate
         top1 = self._train(model, processor, seed, callbacks, epochs, learning_rate, teacher)
         if model.config.removed_layers != sorted(layers):
@@ -130,6 +134,17 @@ class Experiment:
         folder = OutputFolder(self.output_dir / f"seed-{seed}")
         class_names = self.splits["train"].features["label"].names
         return load_starting_model(model_args, class_names, folder, False, self.data_args.evaluation_crop)
+
+    @property
+    def _autocast_dtype(self) -> str | None:
+        return "bfloat16" if self.training_args.bf16 else None
+
+    def _calibration(self, images: TrainingImages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(images, channels, height, width)` to choose layers on, and their labels."""
+        size = self.removal_args.calibration_size
+        calibration = images.calibration(size)
+        items = list(Subset(calibration, evenly_spaced(len(calibration), size)))
+        return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
 
     def _images(self, processor, seed: int) -> TrainingImages:
         args = copy.copy(self.training_args)

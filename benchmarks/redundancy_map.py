@@ -5,7 +5,7 @@
     python -m benchmarks.redundancy_map results/redundancy_dinov2_small.json  # table and picture again
 
 In the place of the attention: nothing (`skip`), the stream itself (`identity`, which doubles it), or, for single
-layers, `--sets` and `--best_linear`, a linear map of each token fitted in closed form (benchmarks/linear_maps.py).
+layers, `--sets` and `--best_linear`, a linear map of each token fitted in closed form (`fit_linear_maps`).
 Other options override fields of the recipe. Figures in OUTPUT.json, the picture in OUTPUT.png.
 """
 

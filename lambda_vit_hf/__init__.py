@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .evaluation.accounting import summarize
     from .evaluation.removal_curve import removal_curve
     from .selection.config import SelectionConfig
+    from .selection.linear_maps import fit_linear_maps
     from .selection.select import AttentionSelection, select_attention_layers
     from .training.callback import EntropyGuidedRemovalCallback
     from .training.checkpoints import find_resumable_checkpoint
@@ -72,6 +73,7 @@ _LAZY = {
     "StopOnNonFiniteGradient": "training.guards",
     "find_resumable_checkpoint": "training.checkpoints",
     "finish_checkpoint": "training.finishing",
+    "fit_linear_maps": "selection.linear_maps",
     "removal_curve": "evaluation.removal_curve",
     "select_attention_layers": "selection.select",
     "summarize": "evaluation.accounting",
@@ -120,6 +122,7 @@ __all__ = [
     "StopOnNonFiniteGradient",
     "find_resumable_checkpoint",
     "finish_checkpoint",
+    "fit_linear_maps",
     "removal_curve",
     "select_attention_layers",
     "summarize",

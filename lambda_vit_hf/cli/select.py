@@ -193,6 +193,10 @@ def print_selection(selection) -> None:
             line += f" ± {step.standard_error:.4f} nats   picked in {step.stability:.0%} of resamples"
         print(line)
     print(f"layers {selection.layers}, transfer entropy of the set {selection.transfer_entropy:+.4f} nats")
+    if selection.changes:
+        has_head = selection.changes[-1].agreement is not None
+        cells = zip(_change_names(has_head), _change_cells(selection.changes[-1], has_head), strict=True)
+        print("without them, before any training: " + ", ".join(f"{name} {value}" for name, value in cells))
     if selection.steps:
         share = selection.block_evaluations / selection.naive_block_evaluations
         print(f"{selection.block_evaluations:,.0f} blocks computed per image, {share:.2f} of the naive search")

@@ -88,7 +88,8 @@ class RemovalCurve:
         order = self.selection.order[:num_removed_layers]
         value = self.points[num_removed_layers].transfer_entropy
         steps = self.selection.steps[:num_removed_layers]
-        return dataclasses.replace(self.selection, order=order, transfer_entropy=value, steps=steps)
+        changes = self.selection.changes[:num_removed_layers]
+        return dataclasses.replace(self.selection, order=order, transfer_entropy=value, steps=steps, changes=changes)
 
     def to_dict(self) -> dict:
         """JSON-serialisable."""

@@ -56,6 +56,20 @@ def _selection_text(facts: ModelCardFacts) -> str:
     )
 
 
+def _changes_table(facts: ModelCardFacts) -> str:
+    """What masking the layers changed before any training, one more in each row; empty where nobody measured it."""
+    order, changes = facts.selection.order, facts.selection.changes
+    if not changes:
+        return ""
+    is_of_classes = changes[0].agreement is not None
+    header = ["layers", "the last of them", *(["KL (nats)", "same class"] if is_of_classes else ["1 - cosine"])]
+    rows = [
+        [number, layer, f"{change.divergence:.3f}", *([f"{100 * change.agreement:.1f} %"] if is_of_classes else [])]
+        for number, (layer, change) in enumerate(zip(order, changes, strict=True), 1)
+    ]
+    return markdown_table(header, rows)
+
+
 def _introduction(facts: ModelCardFacts) -> str:
     layers = len(facts.selection.layers)
     chosen = "Entropy chose the layers (NOSE). " if facts.selection.strategy == "nose" else ""
@@ -119,6 +133,7 @@ def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
         evaluation_table=_table(["metric", "value"], facts.evaluation),
         removal_heading=f"Which attention layers {'are to be' if facts.progress else 'were'} removed, and why",
         selection_text=_selection_text(facts),
+        changes_table=_changes_table(facts),
         entropy_picture=facts.pictures.get("entropy"),
         training_picture=facts.pictures.get("training"),
         is_classifier=facts.is_classifier,

@@ -1,8 +1,9 @@
-"""Fading, removal and folding of attention layers, in place, of any family's model.
+"""Fading, removal, replacement and folding of attention layers, in place, of any family's model.
 
 Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
 """
 
+import torch
 from torch import nn
 
 from .configuration_removal import FADES
@@ -11,7 +12,8 @@ from .folding import centred_exponent, check_layer_indices, fold_encoder_, folde
 
 class AttentionRemovalMixin:
     """
-    `set_fade_to`, `set_attention_lambda`, `remove_attention` and `fold_removed_attention`, for every Lambda model.
+    `set_fade_to`, `set_attention_lambda`, `remove_attention`, `replace_attention` and `fold_removed_attention`, for
+    every Lambda model.
 
     A family sets `_layers` and `_final_norm`, names of the blocks and of the LayerNorm behind them, and
     `_stream_entry`, that of the module that gives the first block its input; all within the base model.
@@ -42,15 +44,17 @@ class AttentionRemovalMixin:
         self._check_not_prepared()
         if fade_to not in FADES:
             raise ValueError(f"`fade_to` must be one of {list(FADES)}, got {fade_to!r}.")
-        if fade_to == self.config.fade_to:
-            return
+        if fade_to != self.config.fade_to:
+            self._check_nothing_is_gone(fade_to)
+            self.config.fade_to = fade_to
+
+    def _check_nothing_is_gone(self, fade_to: str) -> None:
         gone = [index for index, value in enumerate(self.attention_lambdas) if value != 1.0]
         if gone or self.config.fold_removed:
             raise ValueError(
                 f"The attention of layers {gone} faded to {self.config.fade_to!r}; with {fade_to!r} this would be"
                 " another function. Remove all layers in one way."
             )
-        self.config.fade_to = fade_to
 
     def set_attention_lambda(self, value: float, layers: list[int]) -> None:
         """
@@ -85,7 +89,65 @@ class AttentionRemovalMixin:
                 model is unchanged then.
         """
         self._check_not_prepared()
+        if self.config.fade_to == "linear" and len(layers):
+            raise ValueError("In this model linear maps stand in the place of attention: use `replace_attention`.")
         layers = self._check_attention_exists(layers)
+        flags = self._flags_without(layers)
+        if self.config.fold_removed:
+            self._fold(flags)
+        for index in layers:
+            self.encoder_layers[index].drop_attention()
+        self.config.attention_flags = flags
+        self._set_epsilons()
+
+    @torch.no_grad()
+    def replace_attention(self, maps: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """
+        Put a linear map of each token, `x = x + W LayerNorm(x) + b` with a LayerNorm without weights, in the place of
+        the attention of some layers, and record it in the config. [`fit_linear_maps`] finds the maps. The model can be
+        used at once, and trained like any other; call it on the unwrapped model, before an optimizer is made.
+
+        Args:
+            maps (`dict[int, tuple[torch.Tensor, torch.Tensor]]`): of each layer, 0-based, that still has attention:
+                weight, `(hidden, hidden)`, outputs first, and bias, `(hidden,)`.
+
+        Raises:
+            ValueError: if a layer is unknown or already removed, no attention would be left, attention of other layers
+                faded or was removed in another way, or a map has another shape or holds NaN or infinity. The model is
+                unchanged then.
+        """
+        self._check_not_prepared()
+        width = self.config.hidden_size
+        for index, (weight, bias) in maps.items():
+            if tuple(weight.shape) != (width, width) or tuple(bias.shape) != (width,):
+                raise ValueError(
+                    f"The map of layer {index} must be ({width}, {width}) and ({width},), got {tuple(weight.shape)}"
+                    f" and {tuple(bias.shape)}."
+                )
+            if not (weight.isfinite().all() and bias.isfinite().all()):
+                raise ValueError(f"The map of layer {index} holds NaN or infinity.")
+        flags = self.check_replacement(list(maps))
+        for index in maps:
+            layer, (weight, bias) = self.encoder_layers[index], maps[index]
+            like = layer.stream_norms()[-1].weight  # in floating point, where linear layers are quantised
+            linear = nn.Linear(width, width, device=like.device, dtype=like.dtype)
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+            layer.drop_attention(linear)
+        if maps:
+            self.config.fade_to, self.config.attention_flags = "linear", flags
+
+    def check_replacement(self, layers: list[int]) -> list[bool]:
+        """`config.attention_flags` once these layers are replaced; ValueError where `replace_attention` raises it."""
+        self._check_not_prepared()
+        layers = self._check_attention_exists(layers)
+        diluting = [index for index, value in enumerate(self.attention_lambdas) if value not in (None, 1.0)]
+        if diluting or (layers and self.config.fade_to != "linear"):
+            self._check_nothing_is_gone("linear")
+        return self._flags_without(layers)
+
+    def _flags_without(self, layers: list[int]) -> list[bool]:
+        """`attention_flags` once these layers are gone; ValueError if the model could not be used then."""
         flags = [flag and index not in layers for index, flag in enumerate(self.config.attention_flags)]
         if not any(flags):
             raise ValueError(f"Removing {layers} would leave no attention at all. Keep at least one layer.")
@@ -94,18 +156,13 @@ class AttentionRemovalMixin:
                 f"Removing {layers} would leave {sum(flags)} attention layers, but `token_merging_start` is"
                 f" {self.config.token_merging_start}. Call `set_token_merging` after the removal."
             )
-        if self.config.fold_removed:
-            self._fold(flags)
-        for index in layers:
-            self.encoder_layers[index].drop_attention()
-        self.config.attention_flags = flags
-        self._set_epsilons()
+        return flags
 
     def fold_removed_attention(self) -> None:
         """
         Absorb the doubling of removed layers in the weights that follow; the function stays the same, to the bit in
         float32, bfloat16 and float64. Does nothing in a model that is folded already, or where nothing doubles
-        (`config.fade_to` is `"skip"`).
+        (`config.fade_to` is not `"identity"`).
 
         Raises:
             ValueError: in float16, if weights would leave the format's range; if adapters or quantised layers stand

@@ -58,6 +58,8 @@ class RemovableAttention:
       attention is not computed. The buffer is the only place that knows lambda.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
       LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model or after "skip".
+      With `config.fade_to` `"linear"` there is an `attention_map`, `x = x + W LayerNorm(x) + b`, whose LayerNorm has
+      no weights.
     - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
 
     Args:
@@ -71,9 +73,11 @@ class RemovableAttention:
         super().__init__(config)
         self.config, self.layer_index = config, layer_index
         self.register_buffer("attention_lambda", torch.ones(()))
+        self.attention_map: nn.Linear | None = None
         self._noted: tuple[torch.Tensor | None, int, str] = (None, 0, "kept")
         if not config.attention_flags[layer_index]:
-            self.drop_attention()
+            with_map = config.fade_to == "linear"
+            self.drop_attention(nn.Linear(config.hidden_size, config.hidden_size) if with_map else None)
         self.register_load_state_dict_post_hook(note_attention_state)
 
     def forward(
@@ -90,12 +94,16 @@ class RemovableAttention:
     def mix_tokens(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """First half of the block: attention, diluted attention, doubling or nothing. `(batch, tokens, hidden)`."""
+        """First half of the block: attention, diluted attention, a linear map, doubling or nothing. `(batch, tokens,
+        hidden)`."""
         state = self.attention_state
+        if self.attention_map is not None:
+            branch = self.attention_map(self.map_input(hidden_states))
+            return hidden_states + self._scale_and_drop(branch, "attention_scale")
         if state in ("off", "removed", "folded"):
             if state == "off":
                 hidden_states = self._mark_unused_attention(hidden_states)
-            return hidden_states if state == "folded" or self.config.fade_to == "skip" else 2 * hidden_states
+            return 2 * hidden_states if state != "folded" and self.config.fade_to == "identity" else hidden_states
         branch, _ = self._part("attention")(
             self._part("attention_norm")(hidden_states), attention_mask=attention_mask, **kwargs
         )
@@ -108,6 +116,10 @@ class RemovableAttention:
     def mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the stream. `(batch, tokens, hidden)`."""
         return self._scale_and_drop(self._part("mlp")(self._part("mlp_norm")(hidden_states)), "mlp_scale")
+
+    def map_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a linear map in the place of attention reads of the stream. `(batch, tokens, hidden)`."""
+        return nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
 
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """What whole attention adds to the stream. `(batch, tokens, hidden)`."""
@@ -149,7 +161,7 @@ class RemovableAttention:
         is_fixed = not torch.compiler.is_compiling() or hasattr(self._part("attention"), "qkv_proj")
         if state == "kept" and is_fixed:
             return branch + hidden_states
-        if self.config.fade_to == "skip":
+        if self.config.fade_to != "identity":
             return hidden_states + self.attention_lambda * branch
         return (2 - self.attention_lambda) * hidden_states + self.attention_lambda * branch
 
@@ -194,12 +206,13 @@ class RemovableAttention:
         self.attention_lambda.fill_(value)
         note_attention_state(self, value)
 
-    def drop_attention(self) -> None:
-        """Take out attention, its LayerNorm and LayerScale, and lambda."""
+    def drop_attention(self, attention_map: nn.Linear | None = None) -> None:
+        """Take out attention, its LayerNorm and LayerScale, and lambda; put a linear map there, or nothing."""
         for role in ("attention", "attention_norm", "attention_scale"):
             if self._part(role) is not None:
                 setattr(self, getattr(self.block, role), None)
         self.attention_lambda = None
+        self.attention_map = attention_map
 
     def attention_parameters(self) -> list[nn.Parameter]:
         """Parameters that go when this layer's attention is removed: of attention, LayerNorm and LayerScale."""

@@ -12,6 +12,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 STAGE_ARGUMENTS = ("out_features", "out_indices")
 FADES = ("identity", "skip")
+_IN_PLACE_OF_ATTENTION = (*FADES, "linear")
 _ATTENTION_ARGUMENTS = ("attn_implementation", "_attn_implementation")
 # Far beyond every published vision transformer: a damaged file must not take minutes to be refused.
 _LARGEST = {"num_hidden_layers": 1_000, "hidden_size": 100_000, "intermediate_size": 1_000_000, "num_channels": 10_000}
@@ -32,10 +33,12 @@ class RemovalConfigMixin:
         fade_to (`str`, *optional*, defaults to `"identity"`):
             What attention fades to, and what is in its place once removed. `"identity"`, as in the paper: attention
             gives its input, so the block starts with `x = x + x`. `"skip"`: attention gives nothing, `x = x`.
+            `"linear"`: a linear map of each token, `x = x + W LayerNorm(x) + b`, to which attention does not fade:
+            `replace_attention` puts it there.
         fold_removed (`bool`, *optional*, defaults to `False`):
             How a removed layer's identity is kept. `False`: the block doubles its input, as in the paper
             (`x = 2 * x`). `True`: the factor 2 is absorbed by the weights that follow, and the block is just
-            `x + MLP(LayerNorm(x))`. Both are the same function. With `fade_to="skip"` there is nothing to fold.
+            `x + MLP(LayerNorm(x))`. Both are the same function. With another `fade_to` there is nothing to fold.
         fold_exponent (`int`, *optional*, defaults to 0):
             In a folded model: what enters the first block was multiplied by 2 to this power, which centres the range
             of weights and stream for float16. Written by `fold_removed_attention`; not a choice.
@@ -138,10 +141,10 @@ class RemovalConfigMixin:
             )
 
     def validate_fade_to(self):
-        if self.fade_to not in FADES:
-            raise ValueError(f"`fade_to` must be one of {list(FADES)}, got {self.fade_to!r}.")
-        if self.fade_to == "skip" and self.fold_removed:
-            raise ValueError('With `fade_to="skip"` nothing is folded: `fold_removed` must be False.')
+        if self.fade_to not in _IN_PLACE_OF_ATTENTION:
+            raise ValueError(f"`fade_to` must be one of {list(_IN_PLACE_OF_ATTENTION)}, got {self.fade_to!r}.")
+        if self.fade_to != "identity" and self.fold_removed:
+            raise ValueError(f"With `fade_to={self.fade_to!r}` nothing is folded: `fold_removed` must be False.")
 
     def validate_fold_exponent(self):
         if self.fold_exponent and not self.fold_removed:

@@ -40,7 +40,8 @@ def fit_to_model(config: SelectionConfig, model, warn: bool = False) -> Selectio
             "The class head is newly initialized: layers are selected by the entropy of the class token instead."
         )
     output = "class_head" if model.has_class_head and not is_untrained else "class_token"
-    return dataclasses.replace(config, output=config.output or output, mask=config.mask or model.config.fade_to)
+    mask = "skip" if model.config.fade_to == "linear" else model.config.fade_to
+    return dataclasses.replace(config, output=config.output or output, mask=config.mask or mask)
 
 
 def check_is_ours(model) -> None:

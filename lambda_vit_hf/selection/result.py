@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .config import SelectionConfig
+from .output_change import OutputChange
 from .search import SelectionStep
 from .strategies import STRATEGIES
 
@@ -37,6 +38,8 @@ class AttentionSelection:
         num_images: calibration images.
         steps: the search path, one entry per picked layer, with the transfer entropy of every candidate and the
             stability of the pick (empty for strategies that do not search).
+        changes: entry `k` is how masking the first `k + 1` layers of `order` changes the output, nothing trained
+            (empty where the layers were given).
         output_entropy: H(output) of the unmasked model.
         transfer_entropy: of the whole set chosen.
         attention_entropy: H of each layer's attention output, `None` where there is no attention.
@@ -57,6 +60,7 @@ class AttentionSelection:
     attention_entropy: list[float | None] = field(default_factory=list)
     mlp_entropy: list[float] = field(default_factory=list)
     steps: list[SelectionStep] = field(default_factory=list)
+    changes: list[OutputChange] = field(default_factory=list)
     dead_channels: int = 0
     num_channels: int = 0
     block_evaluations: float = 0
@@ -135,12 +139,15 @@ class AttentionSelection:
             SelectionStep(**{**step, "transfer_entropy": {int(k): v for k, v in step["transfer_entropy"].items()}})
             for step in values.pop("steps")
         ]
+        changes = [OutputChange(**change) for change in values.pop("changes", ())]
         config = _read_config(values["config"])
         is_measured = all(step.picked in step.transfer_entropy for step in steps)
         is_measured = is_measured and isinstance(values.get("mlp_entropy", []), list)
         if steps and not (is_measured and config is not None and config.output is not None):
             raise ValueError("A selection has steps of a search, but not all that was measured in them.")
-        return cls(**{**values, "config": config}, steps=steps)
+        if len(changes) not in (0, len(order)):
+            raise ValueError(f"A selection of {len(order)} layers has {len(changes)} changes of the output.")
+        return cls(**{**values, "config": config}, steps=steps, changes=changes)
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

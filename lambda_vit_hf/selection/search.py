@@ -75,6 +75,7 @@ class AttentionSearch:
         self.unmasked: GaussianEntropy | None = None
         self.forward = MaskedForward(passes.model, config.output, config.mask)
         self._values: dict[frozenset[int], float] = {}  # H(output) by masked set
+        self._changes: dict[frozenset[int], OutputChange] = {}
 
     @property
     def block_evaluations(self) -> float:
@@ -118,7 +119,22 @@ class AttentionSearch:
     def output_change(self, sets: Sequence[Iterable[int]]) -> list[OutputChange]:
         """How each set of masked layers changes the output, over all calibration images; their TE in the same pass."""
         sets = [frozenset(layers) for layers in sets]
-        distinct = list(dict.fromkeys([frozenset(), *sets]))
+        missing = [one for one in dict.fromkeys(sets) if one not in self._changes]
+        if missing:
+            self._measure_changes(list(dict.fromkeys([frozenset(), *missing])))
+        return [self._changes[one] for one in sets]
+
+    def measure_pairs(self) -> list[list[float | None]]:
+        """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
+        pairs = list(itertools.combinations_with_replacement(self.candidates, 2))
+        depth = len(self.passes.model.encoder_layers)
+        matrix: list[list[float | None]] = [[None] * depth for _ in range(depth)]
+        for (one, other), value in zip(pairs, self.transfer_entropy(pairs), strict=True):
+            matrix[one][other] = matrix[other][one] = value
+        return matrix
+
+    def _measure_changes(self, distinct: list[frozenset[int]]) -> None:
+        """Of these sets, one of which is empty: the whole model."""
         of_classes = self.forward.output == "class_head"
         sums = {one: torch.zeros(2, dtype=torch.float64) for one in distinct}
 
@@ -129,20 +145,8 @@ class AttentionSearch:
 
         self._measure(distinct, num_folds=1, compare=compare)
         means = gather(sum(gather(torch.stack(list(sums.values())))) / self.passes.batches.num_images)[0].tolist()
-        changes = {
-            one: OutputChange(divergence, same if of_classes else None)
-            for one, (divergence, same) in zip(distinct, means, strict=True)
-        }
-        return [changes[one] for one in sets]
-
-    def measure_pairs(self) -> list[list[float | None]]:
-        """TE of each pair of candidates, in nats, `[layer][layer]`; of single layers on the diagonal."""
-        pairs = list(itertools.combinations_with_replacement(self.candidates, 2))
-        depth = len(self.passes.model.encoder_layers)
-        matrix: list[list[float | None]] = [[None] * depth for _ in range(depth)]
-        for (one, other), value in zip(pairs, self.transfer_entropy(pairs), strict=True):
-            matrix[one][other] = matrix[other][one] = value
-        return matrix
+        for one, (divergence, same) in zip(distinct, means, strict=True):
+            self._changes[one] = OutputChange(divergence, same if of_classes else None)
 
     def _measure(
         self, sets: list[frozenset[int]], num_folds: int, compare: Callable[[dict], None] | None = None

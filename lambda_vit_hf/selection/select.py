@@ -90,9 +90,10 @@ def select_attention_layers(
         batches = CalibrationBatches(
             calibration, config.batch_size, image_processor, NUM_FOLDS, config.calibration_size, bar
         )
-        # One pass for the entropies of the layers, then those of the strategy; of a function nobody knows how many.
+        # One pass for the entropies of the layers, those of the strategy (of a function nobody knows how many), and
+        # one for what its layers change.
         passes_of = dict.fromkeys(("nose", "beam", "divergence"), count)
-        number = float("inf") if callable(config.strategy) else 1 + passes_of.get(config.strategy, 2) + pairs
+        number = float("inf") if callable(config.strategy) else 2 + passes_of.get(config.strategy, 1) + pairs
         bar.reset(total=batches.num_own_images * number)
         with _in_eval_mode(model):
             passes = CalibrationPasses(model, batches, bar, config.autocast_dtype)
@@ -113,9 +114,11 @@ def _search(search: AttentionSearch, config: SelectionConfig, pairs: bool) -> At
     naive_blocks = search.naive_block_evaluations if blocks else 0
     if not isinstance(config.strategy, str):
         config = dataclasses.replace(config, strategy=UnknownStrategy(config.strategy_name))
+    changes = search.output_change([order[: number + 1] for number in range(len(order))])
     return AttentionSelection(
         order=order,
         config=config,
+        changes=changes,
         num_images=search.passes.batches.num_images,
         transfer_entropy=search.transfer_entropy([order])[0],
         pair_transfer_entropy=search.measure_pairs() if pairs else [],

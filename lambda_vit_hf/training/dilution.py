@@ -61,6 +61,11 @@ class DilutionConfig:
             object.__setattr__(self, name, kind(getattr(self, name)))  # a numpy value would not go into JSON
         if self.fade_to is not None:
             object.__setattr__(self, "fade_to", str(self.fade_to))
+        if self.fade_to == "linear":
+            raise ValueError(
+                "Attention does not fade to a linear map: `fit_linear_maps` and `replace_attention`, or `lambda-vit"
+                " select --linear_maps`, put it there before training."
+            )
         for name, allowed in (
             ("schedule", sorted(SCHEDULES)),
             ("granularity", list(GRANULARITIES)),

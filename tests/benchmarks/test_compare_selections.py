@@ -115,18 +115,20 @@ def test_figures_of_before_are_printed_again(capsys):
 def test_attention_fades_to_each_thing_for_each_budget(tmp_path, digits_vit, capsys):
     results = compare(
         tmp_path, "--seeds", "7", "--strategies", "last", "--base_models", digits_vit, "--num_train_images", "300",
-        "--random_sets", "0", "--no_choices", "--fades", "identity", "skip", "--budgets", "0.5", "1",
+        "--random_sets", "0", "--no_choices", "--fades", "identity", "skip", "linear", "--budgets", "0.5", "1",
         "--num_masked_images", "50",
     )  # fmt: skip
     assert set(results["trainings"]) == {
         f"seed 7, layers {what}, {epochs} epochs"
-        for what in ("none", "2", "2, faded to skip")
+        for what in ("none", "2", "2, faded to skip", "2, faded to linear")
         for epochs in ("0.5", "1")
     }
     for run in results["runs"]:
-        faded = "" if run["fade_to"] == "identity" else ", faded to skip"
+        faded = "" if run["fade_to"] == "identity" else f", faded to {run['fade_to']}"
         assert run["top1_after_1_epochs"] == results["trainings"][f"seed 7, layers 2{faded}, 1 epochs"]["top1"]
         assert round(run["top1_skip"] * 50) == pytest.approx(run["top1_skip"] * 50)
+    mapped = next(run for run in results["runs"] if run["fade_to"] == "linear")
+    assert mapped["top1_linear"] >= mapped["top1_skip"] and 0 < mapped["divergence"] < 1
     assert "after 0.5 epochs (%) | after 1 epochs (%)" in capsys.readouterr().out
 
 

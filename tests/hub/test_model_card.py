@@ -15,6 +15,7 @@ from lambda_vit_hf.hub.card_sections import BEGIN, END
 from lambda_vit_hf.hub.facts import ModelCardFacts, final_evaluation, hub_base_model
 from lambda_vit_hf.hub.model_card import card_metadata, markdown_table, write_model_card
 from lambda_vit_hf.selection.config import SelectionConfig
+from lambda_vit_hf.selection.output_change import OutputChange
 from lambda_vit_hf.selection.select import AttentionSelection, SelectionStep
 from tests.hub_server import metadata_errors
 
@@ -270,6 +271,21 @@ def test_an_unfinished_model_says_so_and_has_no_results(facts, tmp_path):
     assert "**Not finished**" in text and "step 5 of 12, lambda = 0.5" in text
     assert "To be removed: the attention of layers [0, 2]" in text
     assert "were removed" not in text and "## Before and after" not in text
+
+
+def test_the_card_tells_what_each_number_of_layers_changes(facts, selection, tmp_path):
+    selection.changes = [OutputChange(0.0125, 0.98), OutputChange(0.25, 0.755)]
+    _, text = parts(tmp_path, facts(rows={}, training={}))
+    assert table_cells(text)[-4:] == [
+        ["layers", "the last of them", "KL (nats)", "same class"], ["---"] * 4,
+        ["1", "2", "0.013", "98.0 %"], ["2", "0", "0.250", "75.5 %"],
+    ]  # fmt: skip
+    selection.config = SelectionConfig(output="class_token")
+    selection.changes = [OutputChange(0.5, None)] * 2
+    _, text = parts(tmp_path, facts(rows={}, training={}))
+    assert table_cells(text)[-1] == ["2", "0", "0.500"] and "1 - cosine" in text
+    selection.changes = []
+    assert "Before any training" not in parts(tmp_path, facts())[1]
 
 
 def test_of_several_datasets_none_is_credited_with_the_accuracy(facts, tmp_path):

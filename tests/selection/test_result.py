@@ -44,6 +44,7 @@ def test_an_older_selection_by_no_strategy_of_ours_is_read(strategy, has_config)
         {"layers": [1]}, {"order": []}, {"order": [0, 0]}, {"order": [True, 0]}, {"order": [-1, 0]},
         {"order": [0.0, 2]}, {"config": None}, {"mlp_entropy": None},
         {"steps": [{"selected": [], "transfer_entropy": {"1": 0.0}, "picked": 0}]},
+        {"changes": [{"divergence": 0.1, "agreement": 0.9}]},
     ],
     ids=str,
 )  # fmt: skip

@@ -52,6 +52,24 @@ def assert_same_search(selection, reference) -> None:
     assert selection.transfer_entropy == pytest.approx(path[-1][order[-1]], rel=1e-9)
 
 
+@pytest.mark.parametrize("strategy", ["nose", "last"])
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_a_selection_tells_what_its_first_layers_change(model, images, mask, strategy):
+    model.set_fade_to(mask)
+    selection = select_attention_layers(model, images, num_removed_layers=3, strategy=strategy)
+    with torch.no_grad():
+        whole = model(images).logits.double().log_softmax(-1)
+        for number, change in enumerate(selection.changes, 1):
+            smaller = copy.deepcopy(model)
+            smaller.remove_attention(selection.order[:number])
+            masked = smaller(images).logits.double().log_softmax(-1)
+            kl = (whole.exp() * (whole - masked)).sum(-1).mean().item()
+            same = (whole.argmax(-1) == masked.argmax(-1)).double().mean().item()
+            assert change.divergence == pytest.approx(kl, rel=1e-4, abs=1e-9)
+            assert change.agreement == pytest.approx(same)
+    assert len(selection.changes) == 3
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
 @pytest.mark.parametrize("mask", ["skip", "identity"])
 @pytest.mark.parametrize("output", ["class_head", "class_token", "token_mean"])
@@ -263,7 +281,7 @@ def test_there_is_one_progress_bar_for_a_search_and_none_if_it_is_disabled(model
     monkeypatch.setattr("lambda_vit_hf.selection.select.tqdm", bar)
     select_attention_layers(model, list(images), num_removed_layers=3)
     ((_, shown),) = bars
-    assert shown.n == shown.total == 40 * (1 + 3), "entropies of the layers, and three picks"
+    assert shown.n == shown.total == 40 * (1 + 3 + 1), "entropies of the layers, three picks, what they change"
     select_attention_layers(model, images, num_removed_layers=3, disable_tqdm=True)
     monkeypatch.setattr("lambda_vit_hf.selection.select.rank_and_num_processes", lambda: (1, 2))
     select_attention_layers(model, images, num_removed_layers=3)

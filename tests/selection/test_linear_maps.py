@@ -1,0 +1,180 @@
+"""Linear maps in the place of attention: the least squares they claim to be, and models that keep them."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lambda_vit_hf import AutoLambdaModel, LambdaViTForImageClassification, fit_linear_maps, summarize
+from lambda_vit_hf.evaluation.accounting import count_macs
+from lambda_vit_hf.selection.linear_maps import RIDGE
+from tests.conftest import in_two_processes, perturb
+from tests.selection.test_families import IMAGES
+from tests.selection.test_families import model as family  # noqa: F401
+
+
+def reference_maps(model, images, layers):
+    """From the definition, with all tokens in one matrix, and an augmented column that is not penalised."""
+    hidden, maps = model.embed(images)[0], {}
+    for index, layer in enumerate(model.encoder_layers):
+        width = hidden.shape[-1]
+        if index in layers:
+            inputs = functional.layer_norm(hidden, (width,), eps=model.config.layer_norm_eps).flatten(0, 1).double()
+            branch = layer.attention_branch(hidden).flatten(0, 1).double()
+            centred = inputs - inputs.mean(0)
+            penalty = (RIDGE * centred.square().mean()).sqrt() * len(inputs) ** 0.5 * torch.eye(width).double()
+            solution = torch.linalg.lstsq(
+                torch.cat([centred, penalty]), torch.cat([branch - branch.mean(0), torch.zeros(width, width)])
+            ).solution
+            maps[index] = solution.T, branch.mean(0) - inputs.mean(0) @ solution
+            hidden = hidden + (inputs @ solution + maps[index][1]).reshape(hidden.shape).to(hidden.dtype)
+        else:
+            hidden = layer.mix_tokens(hidden)
+        hidden = layer.feed_forward(hidden)
+    return maps
+
+
+@torch.no_grad()
+def test_the_maps_are_the_least_squares_of_what_attention_adds(model, images):
+    found = fit_linear_maps(model, images, [4, 1], batch_size=7, disable_tqdm=True)
+    for layer, expected in reference_maps(model, images, [1, 4]).items():
+        for one, other in zip(found[layer], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_depends_on_the_token_alone_is_replaced_without_loss(model, images):
+    attention = model.encoder_layers[2].attention  # each token attends to all alike: its value is the mean, a constant
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(attention, name).weight.zero_()
+    whole = model(images).logits
+    model.replace_attention(fit_linear_maps(model, images, [2], disable_tqdm=True))
+    torch.testing.assert_close(model(images).logits, whole, rtol=1e-4, atol=1e-4)
+    model.encoder_layers[2].attention_map.bias[::2].add_(1.0)  # LayerNorm takes a constant out
+    assert (model(images).logits - whole).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_map_is_nearer_to_attention_than_nothing_is(model, images):
+    whole = model(images).logits
+    skipped = copy.deepcopy(model)
+    skipped.set_fade_to("skip")
+    skipped.remove_attention([1, 3])
+    model.replace_attention(fit_linear_maps(model, images, [1, 3], disable_tqdm=True))
+    assert (model(images).logits - whole).square().mean() < 0.8 * (skipped(images).logits - whole).square().mean()
+
+
+@torch.no_grad()
+def test_every_family_saves_loads_merges_and_serves_them(family, tmp_path):  # noqa: F811
+    before = {name: value.clone() for name, value in family.state_dict().items()}
+    maps = fit_linear_maps(family, IMAGES, [1, 4], disable_tqdm=True)
+    assert all(torch.equal(value, before[name]) for name, value in family.state_dict().items()), "left as it was"
+    family.replace_attention(maps)
+    family.save_pretrained(tmp_path / "thinner")
+    loaded = type(family).from_pretrained(tmp_path / "thinner").eval()
+    loaded.newly_initialized_head = False
+    assert (loaded.config.fade_to, loaded.config.removed_layers) == ("linear", [1, 4])
+    expected = family(IMAGES).to_tuple()[0]
+    assert torch.equal(loaded(IMAGES).to_tuple()[0], expected)
+    again = fit_linear_maps(loaded, IMAGES, [0], disable_tqdm=True)
+    torch.testing.assert_close(loaded.prepare_for_inference()(IMAGES).to_tuple()[0], expected, rtol=1e-4, atol=1e-4)
+    family.replace_attention(again)
+    assert family.config.removed_layers == [0, 1, 4]
+
+
+@torch.no_grad()
+def test_half_precision_and_merged_tokens(model, images):
+    model.replace_attention(fit_linear_maps(model, images, [1, 4], disable_tqdm=True))
+    in_bfloat16 = copy.deepcopy(model).bfloat16()(images.bfloat16()).logits.float()
+    torch.testing.assert_close(in_bfloat16, model(images).logits, rtol=0.1, atol=0.1)
+    model.set_token_merging(2)
+    assert model(images).logits.isfinite().all()
+
+
+def test_a_replaced_model_trains_in_its_maps(model, images):
+    model.replace_attention(fit_linear_maps(model, images, [1, 4], disable_tqdm=True))
+    model.train()(images, labels=torch.zeros(len(images), dtype=torch.long)).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_what_a_map_costs(model, images):
+    whole, width = count_macs(model.config), model.config.hidden_size
+    skipped = copy.deepcopy(model)
+    skipped.set_fade_to("skip")
+    skipped.remove_attention([1, 4])
+    model.replace_attention(fit_linear_maps(model, images, [1, 4], disable_tqdm=True))
+    assert count_macs(model.config) - count_macs(skipped.config) == 2 * 17 * width**2 < whole
+    added = model.num_parameters() - skipped.num_parameters()
+    assert added == 2 * (width**2 + width)
+    assert "1  linear map" in summarize(model) and "4 kept, 2 linear maps" in summarize(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "message"),
+    [
+        (lambda model: model.remove_attention([0]), [1], "Remove all layers in one way"),
+        (lambda model: model.set_attention_lambda(0.5, [3]), [1], "half-way diluted"),
+        (lambda model: model.prepare_for_inference(), [1], "prepared for inference"),
+        (lambda model: model.set_token_merging(1, 5), [1], "token_merging_start"),
+        (lambda model: None, [6], "6"),
+        (lambda model: None, [1, 1], "more than once"),
+        (lambda model: None, range(6), "no attention at all"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused_before_it_is_measured(model, images, change, layers, message):
+    change(model)
+    asked = []
+    with pytest.raises(ValueError, match=message):
+        fit_linear_maps(model, (asked.append(1) or image for image in images), layers, disable_tqdm=True)
+    assert not asked
+
+
+@pytest.mark.parametrize("broken", ["weight", "bias", "nan"])
+def test_a_map_of_another_shape_or_of_no_numbers_is_refused(model, images, broken):
+    weight, bias = torch.zeros(32, 32), torch.zeros(32)
+    maps = {"weight": (weight[:31], bias), "bias": (weight, bias[:31]), "nan": (weight * float("nan"), bias)}
+    state = model.state_dict().keys()
+    with pytest.raises(ValueError, match="The map of layer 1"):
+        model.replace_attention({1: maps[broken]})
+    assert model.state_dict().keys() == state and model.config.fade_to == "identity"
+
+
+def test_attention_cannot_fade_to_a_map_nor_be_removed_beside_one(model, images, tmp_path):
+    with pytest.raises(ValueError, match="must be one of"):
+        model.set_fade_to("linear")
+    model.replace_attention(fit_linear_maps(model, images, [1], disable_tqdm=True))
+    with pytest.raises(ValueError, match="use `replace_attention`"):
+        model.remove_attention([2])
+    with pytest.raises(ValueError, match="Remove all layers in one way"):
+        model.set_fade_to("skip")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another function"):
+        LambdaViTForImageClassification.from_pretrained(tmp_path, fade_to="skip")
+    with pytest.raises(ValueError, match="use `replace_attention`"):
+        LambdaViTForImageClassification.from_pretrained(tmp_path, removed_layers=[2])
+
+
+def test_a_file_without_its_maps_is_refused(model, tmp_path):
+    model.set_fade_to("skip")
+    model.remove_attention([1])
+    model.config.fade_to = "linear"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention_map"):
+        AutoLambdaModel.from_pretrained(tmp_path)
+
+
+def maps_of_process(folder, rank=0):
+    model = perturb(LambdaViTForImageClassification.from_pretrained(folder))
+    images = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    maps = fit_linear_maps(model, images, [1, 4], batch_size=2, disable_tqdm=True)
+    return {layer: [part.tolist() for part in parts] for layer, parts in maps.items()}
+
+
+def test_two_processes_fit_the_same_maps_as_one(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    first, second = in_two_processes(maps_of_process, str(tmp_path))
+    assert first == second
+    for layer, parts in maps_of_process(tmp_path).items():
+        for one, other in zip(parts, first[str(layer)], strict=True):
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-6)
