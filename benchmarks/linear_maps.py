@@ -5,7 +5,8 @@ import copy
 import torch
 
 from lambda_vit_hf import fit_linear_maps
-from lambda_vit_hf.selection.output_change import OutputChange, sum_of_changes
+from lambda_vit_hf.selection.linear_maps import change_by_replacement
+from lambda_vit_hf.selection.output_change import OutputChange
 from lambda_vit_hf.selection.strategies import greedy
 
 
@@ -16,17 +17,10 @@ def with_linear_maps(model, calibration: torch.Tensor, layers: list[int]):
     return thinner
 
 
-@torch.no_grad()
 def change_by_linear_maps(model, calibration: torch.Tensor, sets: list[list[int]]) -> list[OutputChange]:
     """What maps in the place of the attention of each set change, on the images `(images, channels, height, width)`
     that they are fitted on."""
-    images = calibration.to(model.device, model.dtype)
-    whole, changes = model(images).logits, []
-    for layers in sets:
-        logits = with_linear_maps(model, calibration, layers)(images).logits
-        divergence, same = (sum_of_changes(whole, logits, of_classes=True) / len(images)).tolist()
-        changes.append(OutputChange(divergence, same))
-    return changes
+    return [change_by_replacement(model, with_linear_maps(model, calibration, layers), calibration) for layers in sets]
 
 
 def choose_for_linear_maps(model, calibration: torch.Tensor, number: int) -> list[int]:

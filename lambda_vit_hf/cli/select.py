@@ -10,7 +10,9 @@
 Needs no training and no labels. Without a number it prints what each number of layers changes (KL divergence from the
 whole model, images that keep their class) and saves; --max_kl or --min_agreement then picks one. Leaves in OUTPUT_DIR:
 selection.json, with all raw figures; entropy.png, the entropy of attention and MLP by depth; search.png, the transfer
-entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png.
+entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png. With
+--linear_maps also model/: the model with linear maps, fitted on the same images, in the place of the attention chosen;
+it can be used without any training, or fine-tuned like any other.
 What the figures mean: docs/nose.md.
 """
 
@@ -48,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=64)
     add("--autocast", choices=["bfloat16", "float16"], help="to compute in; statistics stay in float64")
     add("--pairs", action="store_true", help="measure how each pair of layers acts together, too")
+    add("--linear_maps", action="store_true", help="save the model with linear maps in the place of what is chosen")
     add("--output_dir", type=Path, default=Path("outputs/selection"))
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)
@@ -57,6 +60,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--max_kl and --min_agreement find the number of layers: give no other")
     if arguments.pairs and _asks_how_many(arguments):
         parser.error("--pairs needs a number of layers: --num_removed_layers or --removal_ratio")
+    if arguments.linear_maps and _asks_how_many(arguments) and not _is_bounded(arguments):
+        parser.error("--linear_maps needs a number of layers, --max_kl or --min_agreement")
+    if arguments.linear_maps and arguments.mask is None:
+        arguments.mask = "skip"
     return arguments
 
 
@@ -86,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
     images = load_image_dataset(**dataset_options(arguments), labelled=False)["train"]
-    images = ProcessedImages(images, AutoImageProcessor.from_pretrained(arguments.model))
+    processor = AutoImageProcessor.from_pretrained(arguments.model)
+    images = ProcessedImages(images, processor)
+    if arguments.linear_maps:
+        model.check_replacement(model.config.kept_layers[:1])  # known before the search
     if _asks_how_many(arguments):
         selection = find_out_how_many(model, images, config, arguments, state.is_main_process)
     else:
@@ -96,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     if state.is_main_process and selection is not None:
         report(selection, arguments.output_dir)
+    if selection is not None and arguments.linear_maps:
+        put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
+    if state.is_main_process and selection is not None:
         print(f"to go on: {next_command(arguments, selection)}")
     state.destroy_process_group()
 
@@ -166,9 +179,39 @@ def _change_cells(point, has_head: bool) -> list[str]:
     return [f"{point.divergence:.4f}", *([f"{100 * point.agreement:.1f}"] if has_head else [])]
 
 
+def _change_text(change) -> str:
+    has_head = change.agreement is not None
+    cells = zip(_change_names(has_head), _change_cells(change, has_head), strict=True)
+    return ", ".join(f"{name} {value}" for name, value in cells)
+
+
+def put_linear_maps(model, processor, images, selection, arguments: argparse.Namespace, is_main_process: bool) -> None:
+    """Save a copy of the model that has linear maps in the place of the attention chosen; say what they change."""
+    import copy
+
+    from ..models.checksums import write_checksums
+    from ..selection.linear_maps import change_by_replacement, fit_linear_maps
+
+    options = {"calibration_size": arguments.calibration_size, "batch_size": arguments.batch_size,
+               "autocast_dtype": arguments.autocast}  # fmt: skip
+    thinner = copy.deepcopy(model).eval()
+    thinner.replace_attention(fit_linear_maps(model.eval(), images, selection.layers, **options))
+    change = change_by_replacement(model, thinner, images, **options)
+    if is_main_process:
+        folder = arguments.output_dir / "model"
+        thinner.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_checksums(folder)
+        print(f"with linear maps, before any training: {_change_text(change)}; the model is in {folder}")
+
+
 def next_command(arguments: argparse.Namespace, selection) -> str:
-    """The command that removes these layers from this model, faded to what they were masked by, on the same images."""
-    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", arguments.model, *dataset_words(arguments)]
+    """The command that removes these layers from this model, faded to what they were masked by, on the same images; or
+    fine-tunes the model with linear maps."""
+    model = str(arguments.output_dir / "model") if arguments.linear_maps else arguments.model
+    words = ["lambda-vit", "train", "finetune", "--model_name_or_path", model, *dataset_words(arguments)]
+    if arguments.linear_maps:
+        return shlex.join([*words, "--removal_ratio", "0"])
     return shlex.join([*words, "--removed_layers", *map(str, selection.layers), "--fade_to", selection.mask])
 
 
@@ -194,9 +237,7 @@ def print_selection(selection) -> None:
         print(line)
     print(f"layers {selection.layers}, transfer entropy of the set {selection.transfer_entropy:+.4f} nats")
     if selection.changes:
-        has_head = selection.changes[-1].agreement is not None
-        cells = zip(_change_names(has_head), _change_cells(selection.changes[-1], has_head), strict=True)
-        print("without them, before any training: " + ", ".join(f"{name} {value}" for name, value in cells))
+        print(f"without them, before any training: {_change_text(selection.changes[-1])}")
     if selection.steps:
         share = selection.block_evaluations / selection.naive_block_evaluations
         print(f"{selection.block_evaluations:,.0f} blocks computed per image, {share:.2f} of the naive search")

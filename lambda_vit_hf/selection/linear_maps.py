@@ -14,6 +14,7 @@ from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
 from .calibration_passes import CalibrationPasses
 from .checks import check_model
+from .output_change import OutputChange, sum_of_changes
 from .processes import fail_together, gather, rank_and_num_processes
 
 
@@ -89,9 +90,7 @@ def _fit(passes: CalibrationPasses, index: int) -> tuple[torch.Tensor, torch.Ten
     products = torch.zeros(2 * width + 1, 2 * width + 1, dtype=torch.float64)
 
     def add(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
-        hidden_states, extra = model.embed(pixel_values)
-        for below in model.encoder_layers[:index]:
-            hidden_states = below.feed_forward(below.mix_tokens(hidden_states, **extra))
+        hidden_states, extra = _stream(model, pixel_values, index)
         layer = model.encoder_layers[index]
         inputs, branch = layer.map_input(hidden_states), layer.attention_branch(hidden_states, **extra)
         both = torch.cat([torch.ones_like(inputs[..., :1]), inputs, branch], dim=-1).flatten(0, 1).double()
@@ -105,3 +104,43 @@ def _fit(passes: CalibrationPasses, index: int) -> tuple[torch.Tensor, torch.Ten
     square = square + RIDGE * square.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     solution = gather(torch.linalg.solve(square, cross))[0]
     return solution.T.contiguous(), means[width:] - means[:width] @ solution
+
+
+def change_by_replacement(
+    whole: LambdaPreTrainedModel,
+    thinner: LambdaPreTrainedModel,
+    calibration,
+    *,
+    image_processor=None,
+    calibration_size: int | None = None,
+    batch_size: int = 64,
+    autocast_dtype: str | None = None,
+) -> OutputChange:
+    """
+    How far the output of a model with linear maps is from that of the whole one: of the class probabilities, or of the
+    features where there is no trained class head. The arguments are those of [`fit_linear_maps`].
+    """
+    of_classes = whole.has_class_head and not whole.newly_initialized_head
+    output, sums = "class_head" if of_classes else "class_token", torch.zeros(2, dtype=torch.float64)
+    with fail_together(), torch.no_grad():
+        batches = CalibrationBatches(calibration, batch_size, image_processor, size=calibration_size)
+        passes = CalibrationPasses(whole, batches, tqdm(disable=True), autocast_dtype)
+
+        def compare(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
+            one, other = (
+                model.read_out(_stream(model, pixel_values, model.config.num_hidden_layers)[0], output)
+                for model in (whole, thinner)
+            )
+            sums.add_(sum_of_changes(one, other, of_classes))
+
+        passes.for_each_batch(compare, "what the maps change")
+        divergence, same = (sum(gather(sums)) / batches.num_images).tolist()
+    return OutputChange(divergence, same if of_classes else None)
+
+
+def _stream(model: LambdaPreTrainedModel, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, dict]:
+    """What enters a block, `(batch, tokens, hidden)`, and what each block is called with besides."""
+    hidden_states, extra = model.embed(pixel_values)
+    for below in model.encoder_layers[:index]:
+        hidden_states = below.feed_forward(below.mix_tokens(hidden_states, **extra))
+    return hidden_states, extra

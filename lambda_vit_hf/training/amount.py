@@ -76,7 +76,7 @@ def rehearse_removal(
     layers = model.config.kept_layers[:count] if amount.removed_layers is None else amount.removed_layers
     rehearsal = _copy_of_shapes(model.base_model)
     try:
-        if fade_to is not None:
+        if fade_to is not None and count:
             rehearsal.set_fade_to(fade_to)
         rehearsal.remove_attention(layers)
         if fold:

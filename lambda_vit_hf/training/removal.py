@@ -117,7 +117,7 @@ class AttentionRemoval:
         config = self.selection_config
         if seed is not None:
             config = dataclasses.replace(config, seed=seed)
-        if self.dilution_config.fade_to is not None:
+        if self.dilution_config.fade_to is not None and self.amount.count(model):
             model.set_fade_to(self.dilution_config.fade_to)
         fit_to_model(config, model)
         self._lambda, self._is_removed = None, False
@@ -152,7 +152,7 @@ class AttentionRemoval:
         """Before optimizer step `step` (0 is the first): set lambda of the chosen layers to what is planned."""
         value = self.schedule.at(step)
         fade_to = self.dilution_config.fade_to or model.config.fade_to
-        if fade_to != model.config.fade_to:  # resumed with a model that was loaded anew
+        if fade_to != model.config.fade_to and self.selection.layers:  # resumed with a model that was loaded anew
             model.set_attention_lambda(1.0, self.selection.layers)
             model.set_fade_to(fade_to)
         if value != self._lambda:

@@ -1,14 +1,25 @@
 """`lambda-vit select`: what it prints and leaves behind, on one process and several."""
 
+import re
+import shlex
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from lambda_vit_hf.cli import select
+from lambda_vit_hf import LambdaViTForImageClassification
+from lambda_vit_hf.cli import select, train
 from lambda_vit_hf.selection.select import AttentionSelection
-from tests.conftest import in_two_processes
+from tests.conftest import in_two_processes, perturb
 
 
 @pytest.fixture
@@ -61,6 +72,35 @@ def test_the_options_of_before_still_work(digits_vit):
     assert (arguments.num_removed_layers, arguments.calibration_size) == (2, 30)
     with pytest.warns(FutureWarning, match="--ratio is called --removal_ratio now"):
         assert select.parse_arguments(["m", "--dataset_name", "digits", "--ratio", "0.4"]).removal_ratio == 0.4
+
+
+def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vit, tmp_path, capsys):
+    output = tmp_path / "out"
+    perturb(ViTForImageClassification.from_pretrained(digits_vit)).save_pretrained(digits_vit)
+    select.main([digits_vit, "--dataset_name", "digits", "--num_removed_layers", "2", "--calibration_size", "40",
+                 "--strategy", "last", "--linear_maps", "--output_dir", str(output)])  # fmt: skip
+    thinner = AutoModelForImageClassification.from_pretrained(output / "model")
+    assert (thinner.config.fade_to, thinner.config.removed_layers) == ("linear", [2, 3])
+    printed = capsys.readouterr().out
+    without, mapped = (float(value) for value in re.findall(r"before any training: KL \(nats\) ([\d.]+)", printed))
+    assert mapped < without
+    command = shlex.split(printed.split("to go on: lambda-vit train ")[1])
+    train.main([*command, "--max_steps", "2", "--max_train_samples", "32", "--max_eval_samples", "16",
+                "--warmup_steps", "0", "--dataloader_num_workers", "0", "--use_cpu", "true",
+                "--output_dir", str(tmp_path / "trained")])  # fmt: skip
+    trained = AutoModelForImageClassification.from_pretrained(tmp_path / "trained")
+    assert (trained.config.fade_to, trained.config.removed_layers) == ("linear", [2, 3])
+    before, after = (model.vit.layers[3].attention_map.weight for model in (thinner, trained))
+    assert not torch.equal(before, after)
+
+
+def test_linear_maps_need_a_number_and_a_model_that_lost_nothing_in_another_way(digits_vit, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        select.main([digits_vit, "--dataset_name", "digits", "--linear_maps"])
+    assert "--linear_maps needs a number of layers" in capsys.readouterr().err
+    LambdaViTForImageClassification.from_pretrained(digits_vit, removed_layers=[1]).save_pretrained(digits_vit)
+    with pytest.raises(ValueError, match="Remove all layers in one way"):
+        select.main([digits_vit, "--dataset_name", "digits", "--linear_maps", "--num_removed_layers", "1"])
 
 
 def select_into(folder: str, model: str, rank: int) -> list[str]:
