@@ -3,6 +3,7 @@
 transformers, transformers+onnx    transformers' model; in onnxruntime
 timm, timm+removed                 timm's ViT; without the removed layers' attention, in the authors' form
 lambda+removed+folded+prepared     this package's
+lambda+mapped+prepared             with linear maps in the place of that attention
 outputs/digits+prepared+bf16       a checkpoint, and what is done to it
 lambda+removed+folded+onnx+int8    in onnxruntime
 lambda+removed+folded+openvino     the ONNX graph in OpenVINO; with bf16, computed in it where the CPU can
@@ -31,10 +32,10 @@ from .reference_models import as_timm_vit, as_transformers_model, transformers_c
 SOURCES = ("transformers", "timm", "lambda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # In the order in which they are taken, however a name spells them.
-STEPS = ("removed", "folded", "merged", *DTYPES, "stacked", "prepared", "onnx", "int8", "openvino", "exported",
-         "compiled")  # fmt: skip
+STEPS = ("removed", "mapped", "folded", "merged", *DTYPES, "stacked", "prepared", "onnx", "int8", "openvino",
+         "exported", "compiled")  # fmt: skip
 _ENGINES = {"onnx", "openvino", "exported", "compiled"}
-_ONLY_HERE = {"folded", "merged", "stacked", "prepared"}
+_ONLY_HERE = {"mapped", "folded", "merged", "stacked", "prepared"}
 
 SIZES = {
     "tiny": dict(hidden_size=192, num_attention_heads=3, intermediate_size=768),
@@ -163,6 +164,8 @@ def parse_variant(name: str, dtype: str | None = None) -> tuple[str, list[str]]:
     for rule, group in (("one precision", set(DTYPES)), ("one engine", _ENGINES)):
         if len(chosen & group) > 1:
             raise ValueError(f"{name!r}: choose {rule} of {sorted(chosen & group)}.")
+    if {"removed", "mapped"} <= chosen:
+        raise ValueError(f"{name!r}: attention is removed, or mapped.")
     if "int8" in chosen and ("onnx" not in chosen or chosen & {"bf16", "fp16"}):
         raise ValueError(f"{name!r}: int8 is a step of an fp32 model in onnx.")
     if "openvino" in chosen and "fp16" in chosen:
@@ -248,6 +251,12 @@ def _build_model(
         if "removed" in steps:
             model.remove_attention(list(setup.removed_layers))
             function = f"{source} removed"
+    if "mapped" in steps:
+        width = model.config.hidden_size  # what the maps hold does not matter for speed
+        model.replace_attention(
+            {layer: (torch.zeros(width, width), torch.zeros(width)) for layer in setup.removed_layers}
+        )
+        function = None
     if "folded" in steps:
         model.fold_removed_attention()
     if "merged" in steps:

@@ -43,6 +43,7 @@ class ModelCardFacts:
         base_model: Hub id of the checkpoint started from.
         license, language: of the weights.
         fade_to: what attention faded to: `"identity"`, or nothing, `"skip"`.
+        linear_maps: layers, 0-based, in which a linear map took the place of attention before this training.
         folded: whether the removed layers' identity is in the weights that follow.
         pictures: file names in the model's folder, keys `entropy` and `training`.
         repo_id: where the usage example finds the model; by default its name.
@@ -65,6 +66,7 @@ class ModelCardFacts:
     license: str | None = None
     language: str | list[str] | None = None
     fade_to: str = "identity"
+    linear_maps: list[int] = field(default_factory=list)
     folded: bool = False
     pictures: dict[str, str] = field(default_factory=dict)
     repo_id: str | None = None
@@ -99,6 +101,7 @@ def facts_of_training(
         "accuracy": metrics.get("eval_accuracy"),
         "base_model": hub_base_model(model.config),
         "fade_to": model.config.fade_to,
+        "linear_maps": model.config.removed_layers if model.config.fade_to == "linear" else [],
         "folded": model.config.fold_removed,
         "repo_id": args.hub_model_id,
         "is_classifier": model.has_class_head,

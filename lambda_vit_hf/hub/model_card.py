@@ -44,6 +44,11 @@ _MARKUP = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)|^[#+-]")
 
 def _selection_text(facts: ModelCardFacts) -> str:
     selection, what = facts.selection, "To be removed" if facts.progress else "Removed"
+    if facts.linear_maps:
+        return (
+            f"A linear map of each token, `x + W LayerNorm(x) + b`, took the place of the attention of layers"
+            f" {facts.linear_maps} (0-based) before this training. It was fitted in closed form."
+        )
     if not selection.steps:
         chosen = _code(selection.strategy)
         return f"{what}: the attention of layers {selection.layers} (0-based). The layers were {chosen}."
@@ -78,6 +83,11 @@ def _introduction(facts: ModelCardFacts) -> str:
         return (
             f"**Not finished**: a checkpoint of a training that takes the attention out of {layers} layers"
             f" ({_plain(facts.progress)}). The attention is still in this model. {chosen}Method: {method}."
+        )
+    if facts.linear_maps:
+        return (
+            f"A vision transformer with linear maps in the place of the attention in {len(facts.linear_maps)} of its"
+            f" layers, trained on afterwards. Made by lambda-vit-hf, after the method {method}."
         )
     fade = "into the identity" if facts.fade_to == "identity" else "out"
     folded = " and the identity was folded into the weights that follow" if facts.folded else ""

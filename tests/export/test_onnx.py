@@ -31,6 +31,7 @@ STATES = {
     "removed": lambda model: model.remove_attention(REMOVED),
     "folded": lambda model: (model.remove_attention(REMOVED), model.fold_removed_attention()),
     "prepared": lambda model: (model.remove_attention(REMOVED), model.prepare_for_inference()),
+    "with a linear map": lambda model: model.replace_attention({1: (torch.eye(32).flip(0), torch.arange(32.0))}),
     "merged": lambda model: (model.remove_attention(REMOVED), model.set_token_merging(2)),
 }
 

@@ -46,6 +46,8 @@ def test_a_path_may_hold_a_plus(tmp_path):
         ("transformers+removed", "as it is"),
         ("timm+folded", "this package's"),
         ("lambda+folded", "nothing to fold"),
+        ("lambda+removed+mapped", "removed, or mapped"),
+        ("timm+mapped", "this package's"),
     ],
 )
 def test_a_name_that_makes_no_sense_is_refused(name, reason):
@@ -58,6 +60,7 @@ def test_a_name_that_makes_no_sense_is_refused(name, reason):
     [
         ("lambda+removed+folded+prepared", "transformers"),
         ("timm+removed+bf16", "transformers+bf16"),
+        ("lambda+mapped+prepared", "transformers"),
         ("lambda+removed+folded+merged+prepared+onnx+int8", "transformers+onnx+int8"),
         ("transformers+onnx", "transformers+onnx"),
         ("lambda+compiled+fp16", "transformers+fp16+compiled"),
@@ -100,8 +103,10 @@ def test_variants_of_one_function_agree(setup, function, name):
 
 
 def test_removal_and_merging_change_the_function_and_the_count(setup):
-    whole, removed, merged = (build_variant(name, setup) for name in ("lambda", "lambda+removed", "lambda+merged"))
-    assert removed.parameters < whole.parameters and removed.macs < whole.macs
+    names = ("lambda", "lambda+removed", "lambda+mapped", "lambda+merged")
+    whole, removed, mapped, merged = (build_variant(name, setup) for name in names)
+    assert removed.parameters < mapped.parameters < whole.parameters
+    assert removed.macs < mapped.macs < whole.macs
     assert removed.weights_bytes < whole.weights_bytes
     assert merged.function is None and not torch.allclose(logits(merged), logits(whole))
 

@@ -288,6 +288,13 @@ def test_the_card_tells_what_each_number_of_layers_changes(facts, selection, tmp
     assert "Before any training" not in parts(tmp_path, facts())[1]
 
 
+def test_the_card_of_a_model_with_linear_maps_says_so(facts, tmp_path):
+    _, text = parts(tmp_path, facts(selection=AttentionSelection(order=[]), fade_to="linear", linear_maps=[1, 4]))
+    assert "linear maps in the place of the attention in 2 of its layers" in text
+    assert "took the place of the attention of layers [1, 4] (0-based)" in text
+    assert "faded" not in text and "weights were removed" not in text
+
+
 def test_of_several_datasets_none_is_credited_with_the_accuracy(facts, tmp_path):
     metadata, _ = parts(tmp_path, facts(dataset=["a", "b"]))
     assert metadata["datasets"] == ["a", "b"]
