@@ -22,6 +22,7 @@ from torch import nn
 
 from ..evaluation.accounting import count_macs, count_parameters
 from ..evaluation.classifier import load_classifier
+from ..models.attention_map import LinearMap
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
@@ -253,9 +254,8 @@ def _build_model(
             function = f"{source} removed"
     if "mapped" in steps:
         width = model.config.hidden_size  # what the maps hold does not matter for speed
-        model.replace_attention(
-            {layer: (torch.zeros(width, width), torch.zeros(width)) for layer in setup.removed_layers}
-        )
+        nothing = LinearMap(torch.zeros(width, width), torch.zeros(width, width), torch.zeros(width))
+        model.replace_attention(dict.fromkeys(setup.removed_layers, nothing))
         function = None
     if "folded" in steps:
         model.fold_removed_attention()

@@ -46,7 +46,7 @@ def _selection_text(facts: ModelCardFacts) -> str:
     selection, what = facts.selection, "To be removed" if facts.progress else "Removed"
     if facts.linear_maps:
         return (
-            f"A linear map of each token, `x + W LayerNorm(x) + b`, took the place of the attention of layers"
+            f"A linear map of each token and of the mean of all took the place of the attention of layers"
             f" {facts.linear_maps} (0-based) before this training. It was fitted in closed form."
         )
     if not selection.steps:

@@ -3,9 +3,9 @@
 Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 2404.05657), sections 3.3 and 3.4.
 """
 
-import torch
 from torch import nn
 
+from .attention_map import LinearMap
 from .configuration_removal import FADES
 from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
 
@@ -100,40 +100,33 @@ class AttentionRemovalMixin:
         self.config.attention_flags = flags
         self._set_epsilons()
 
-    @torch.no_grad()
-    def replace_attention(self, maps: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def replace_attention(self, maps: dict[int, LinearMap]) -> None:
         """
-        Put a linear map of each token, `x = x + W LayerNorm(x) + b` with a LayerNorm without weights, in the place of
-        the attention of some layers, and record it in the config. [`fit_linear_maps`] finds the maps. The model can be
-        used at once, and trained like any other; call it on the unwrapped model, before an optimizer is made.
+        Put a linear map in the place of the attention of some layers, see [`AttentionMap`], and record it in the
+        config. [`fit_linear_maps`] finds the maps. The model can be used at once, and trained like any other; call it
+        on the unwrapped model, before an optimizer is made.
 
         Args:
-            maps (`dict[int, tuple[torch.Tensor, torch.Tensor]]`): of each layer, 0-based, that still has attention:
-                weight, `(hidden, hidden)`, outputs first, and bias, `(hidden,)`.
+            maps (`dict[int, LinearMap]`): of 0-based layers that still have attention.
 
         Raises:
             ValueError: if a layer is unknown or already removed, no attention would be left, attention of other layers
                 faded or was removed in another way, or a map has another shape or holds NaN or infinity. The model is
                 unchanged then.
         """
-        self._check_not_prepared()
         width = self.config.hidden_size
-        for index, (weight, bias) in maps.items():
-            if tuple(weight.shape) != (width, width) or tuple(bias.shape) != (width,):
+        shapes = [(width, width), (width, width), (width,)]
+        for index, values in maps.items():
+            if [tuple(value.shape) for value in values] != shapes:
                 raise ValueError(
-                    f"The map of layer {index} must be ({width}, {width}) and ({width},), got {tuple(weight.shape)}"
-                    f" and {tuple(bias.shape)}."
+                    f"The map of layer {index} must be of shapes {shapes}, got {[tuple(v.shape) for v in values]}."
                 )
-            if not (weight.isfinite().all() and bias.isfinite().all()):
+            if not all(value.isfinite().all() for value in values):
                 raise ValueError(f"The map of layer {index} holds NaN or infinity.")
         flags = self.check_replacement(list(maps))
-        for index in maps:
-            layer, (weight, bias) = self.encoder_layers[index], maps[index]
-            like = layer.stream_norms()[-1].weight  # in floating point, where linear layers are quantised
-            linear = nn.Linear(width, width, device=like.device, dtype=like.dtype)
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
-            layer.drop_attention(linear)
+        for index, values in maps.items():
+            self.encoder_layers[index].drop_attention(with_map=True)
+            self.encoder_layers[index].attention_map.set(values)
         if maps:
             self.config.fade_to, self.config.attention_flags = "linear", flags
 

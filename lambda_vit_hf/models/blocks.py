@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .attention import attend, project
+from .attention_map import AttentionMap
 from .token_merging import TokenFlow, merge_tokens, proportional_attention
 
 
@@ -58,8 +59,7 @@ class RemovableAttention:
       attention is not computed. The buffer is the only place that knows lambda.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
       LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model or after "skip".
-      With `config.fade_to` `"linear"` there is an `attention_map`, `x = x + W LayerNorm(x) + b`, whose LayerNorm has
-      no weights.
+      With `config.fade_to` `"linear"` an [`AttentionMap`] is there, `x = x + W n + V mean(n) + b`.
     - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
 
     Args:
@@ -73,11 +73,10 @@ class RemovableAttention:
         super().__init__(config)
         self.config, self.layer_index = config, layer_index
         self.register_buffer("attention_lambda", torch.ones(()))
-        self.attention_map: nn.Linear | None = None
+        self.attention_map: AttentionMap | None = None
         self._noted: tuple[torch.Tensor | None, int, str] = (None, 0, "kept")
         if not config.attention_flags[layer_index]:
-            with_map = config.fade_to == "linear"
-            self.drop_attention(nn.Linear(config.hidden_size, config.hidden_size) if with_map else None)
+            self.drop_attention(with_map=config.fade_to == "linear")
         self.register_load_state_dict_post_hook(note_attention_state)
 
     def forward(
@@ -94,12 +93,10 @@ class RemovableAttention:
     def mix_tokens(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """First half of the block: attention, diluted attention, a linear map, doubling or nothing. `(batch, tokens,
-        hidden)`."""
-        state = self.attention_state
+        """First half of the block: attention, or what is in its place. `(batch, tokens, hidden)`."""
         if self.attention_map is not None:
-            branch = self.attention_map(self.map_input(hidden_states))
-            return hidden_states + self._scale_and_drop(branch, "attention_scale")
+            return hidden_states + self._scale_and_drop(self.attention_map(hidden_states), "attention_scale")
+        state = self.attention_state
         if state in ("off", "removed", "folded"):
             if state == "off":
                 hidden_states = self._mark_unused_attention(hidden_states)
@@ -117,10 +114,6 @@ class RemovableAttention:
         """What the MLP adds to the stream. `(batch, tokens, hidden)`."""
         return self._scale_and_drop(self._part("mlp")(self._part("mlp_norm")(hidden_states)), "mlp_scale")
 
-    def map_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What a linear map in the place of attention reads of the stream. `(batch, tokens, hidden)`."""
-        return nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
-
     def attention_branch(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """What whole attention adds to the stream. `(batch, tokens, hidden)`."""
         branch, _ = self._part("attention")(self._part("attention_norm")(hidden_states), attention_mask=None, **kwargs)
@@ -135,6 +128,12 @@ class RemovableAttention:
         """`mix_tokens`, then merging; or only the class token from here on."""
         index, sizes = self.layer_index, flow.sizes.get(self.layer_index)
         flow.sizes[index + 1] = sizes
+        if self.attention_map is not None:
+            only_class_token = flow.class_token_from == index
+            branch = self._scale_and_drop(
+                self.attention_map(hidden_states, sizes, only_class_token), "attention_scale"
+            )
+            return (hidden_states[:, :1] if only_class_token else hidden_states) + branch
         state = self.attention_state
         if state not in ("kept", "diluting"):
             # Without attention tokens do not see each other: the class token is alone by now, or all are there.
@@ -206,13 +205,16 @@ class RemovableAttention:
         self.attention_lambda.fill_(value)
         note_attention_state(self, value)
 
-    def drop_attention(self, attention_map: nn.Linear | None = None) -> None:
+    def drop_attention(self, with_map: bool = False) -> None:
         """Take out attention, its LayerNorm and LayerScale, and lambda; put a linear map there, or nothing."""
         for role in ("attention", "attention_norm", "attention_scale"):
             if self._part(role) is not None:
                 setattr(self, getattr(self.block, role), None)
         self.attention_lambda = None
-        self.attention_map = attention_map
+        if with_map:
+            like = self.stream_norms()[-1].weight
+            self.attention_map = AttentionMap(self.config.hidden_size, self.config.layer_norm_eps)
+            self.attention_map.to(like.device, like.dtype)
 
     def attention_parameters(self) -> list[nn.Parameter]:
         """Parameters that go when this layer's attention is removed: of attention, LayerNorm and LayerScale."""

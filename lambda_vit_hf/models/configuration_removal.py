@@ -33,8 +33,8 @@ class RemovalConfigMixin:
         fade_to (`str`, *optional*, defaults to `"identity"`):
             What attention fades to, and what is in its place once removed. `"identity"`, as in the paper: attention
             gives its input, so the block starts with `x = x + x`. `"skip"`: attention gives nothing, `x = x`.
-            `"linear"`: a linear map of each token, `x = x + W LayerNorm(x) + b`, to which attention does not fade:
-            `replace_attention` puts it there.
+            `"linear"`: a linear map of each token and of their mean, `x = x + W n + V mean(n) + b` with a LayerNorm
+            `n` of `x`. Attention does not fade to it: `replace_attention` puts it there.
         fold_removed (`bool`, *optional*, defaults to `False`):
             How a removed layer's identity is kept. `False`: the block doubles its input, as in the paper
             (`x = 2 * x`). `True`: the factor 2 is absorbed by the weights that follow, and the block is just
@@ -82,6 +82,11 @@ class RemovalConfigMixin:
     def removed_layers(self) -> list[int]:
         """0-based indices of the layers whose attention is removed."""
         return [index for index, has_attention in enumerate(self.attention_flags) if not has_attention]
+
+    @property
+    def mixing_layers(self) -> list[int]:
+        """0-based indices of the layers in which a token learns of others: by attention, or by their mean."""
+        return list(range(self.num_hidden_layers)) if self.fade_to == "linear" else self.kept_layers
 
     def as_per_layer_config(self) -> dict[str, dict]:
         """

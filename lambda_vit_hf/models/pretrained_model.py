@@ -144,7 +144,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         if any(schedule):
             self._check_merging(attention_mask)
         if any(schedule) or only_class_token:
-            last = self.config.kept_layers[-1] if only_class_token else None
+            last = self.config.mixing_layers[-1] if only_class_token else None
             kwargs["token_flow"] = TokenFlow(schedule, recorded, last)
         outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
         if outputs.hidden_states is not None and self.config.fold_removed:

@@ -1,7 +1,7 @@
 """Linear maps in the place of attention, fitted in closed form: thinner without any training.
 
-What a layer's attention adds to a token is predicted from that token alone, by least squares over the calibration
-images. TOAST (arXiv 2410.04941) does so with whole blocks.
+What a layer's attention adds to a token is predicted from that token and from the mean of all tokens of its image, by
+least squares over the calibration images. TOAST (arXiv 2410.04941) does so with whole blocks.
 """
 
 import copy
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from tqdm.auto import tqdm
 
+from ..models.attention_map import AttentionMap, LinearMap
 from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
 from .calibration_passes import CalibrationPasses
@@ -31,7 +32,7 @@ def fit_linear_maps(
     batch_size: int = 64,
     autocast_dtype: str | None = None,
     disable_tqdm: bool = False,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[int, LinearMap]:
     """
     Find the linear maps that come nearest to what the attention of some layers adds, for
     [`~LambdaPreTrainedModel.replace_attention`]. They are fitted from the image on, each on the stream that the maps
@@ -49,8 +50,7 @@ def fit_linear_maps(
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
 
     Returns:
-        `dict[int, tuple[torch.Tensor, torch.Tensor]]`: of each layer, weight `(hidden, hidden)` and bias `(hidden,)`,
-        in float64, on the CPU.
+        `dict[int, LinearMap]`: of each layer, in float64, on the CPU.
 
     Raises:
         ValueError: on an empty calibration set, a layer that is unknown, repeated or without attention, or a model
@@ -83,27 +83,40 @@ def fit_linear_maps(
     return maps
 
 
-def _fit(passes: CalibrationPasses, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of one layer's map: ridge regression of centred values, its sums taken batch by batch."""
+def _fit(passes: CalibrationPasses, index: int) -> LinearMap:
+    """
+    One layer's map, by ridge regression of centred values, its sums taken batch by batch.
+
+    With a token's input `n`, the mean `m` of its image's `T` inputs, and what attention adds, `y`, the sums over all
+    tokens of `n m'` and of `m m'` are both that of `T m m'` over the images: so products of pairs `(n, m)` cost no
+    more than those of `n` alone.
+    """
     model, width = passes.model, passes.model.config.hidden_size
-    # Of inputs and outputs side by side, behind a column of ones: all sums and products that are needed.
-    products = torch.zeros(2 * width + 1, 2 * width + 1, dtype=torch.float64)
+    probe = AttentionMap(width, model.config.layer_norm_eps)
+    of_tokens, of_means = torch.zeros(2, width, 2 * width, dtype=torch.float64)
+    totals, count = torch.zeros(2 * width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def add(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
         hidden_states, extra = _stream(model, pixel_values, index)
-        layer = model.encoder_layers[index]
-        inputs, branch = layer.map_input(hidden_states), layer.attention_branch(hidden_states, **extra)
-        both = torch.cat([torch.ones_like(inputs[..., :1]), inputs, branch], dim=-1).flatten(0, 1).double()
-        products.add_((both.T @ both).cpu())
+        inputs = probe.normalize(hidden_states)
+        both = torch.cat([inputs, model.encoder_layers[index].attention_branch(hidden_states, **extra)], dim=-1)
+        both = both.double()
+        means, tokens = both.mean(dim=1), both.flatten(0, 1)
+        of_tokens.add_((tokens[:, :width].T @ tokens).cpu())
+        of_means.add_((both.shape[1] * means[:, :width].T @ means).cpu())
+        totals.add_(tokens.sum(dim=0).cpu())
+        count.add_(len(tokens))
 
     passes.for_each_batch(add, f"linear map of layer {index}")
-    total = sum(gather(products))
-    means = total[0, 1:] / total[0, 0]
-    centred = total[1:, 1:] / total[0, 0] - means.outer(means)
-    square, cross = centred[:width, :width], centred[:width, width:]
-    square = square + RIDGE * square.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-    solution = gather(torch.linalg.solve(square, cross))[0]
-    return solution.T.contiguous(), means[width:] - means[:width] @ solution
+    of_tokens, of_means, totals, count = (sum(gather(part)) for part in (of_tokens, of_means, totals, count))
+    center = totals / count
+    of_tokens, of_means = (products / count - center[:width].outer(center) for products in (of_tokens, of_means))
+    square = torch.cat([torch.cat([of_tokens, of_means], dim=0)[:, :width], of_means[:, :width].repeat(2, 1)], dim=1)
+    square.diagonal().add_(RIDGE * of_tokens.diagonal().mean())
+    solution = torch.linalg.solve(square, torch.cat([of_tokens, of_means])[:, width:])
+    token_weight, mean_weight = (part.T.contiguous() for part in gather(solution)[0].split(width))
+    bias = center[width:] - (token_weight + mean_weight) @ center[:width]
+    return LinearMap(token_weight, mean_weight, bias)
 
 
 def change_by_replacement(

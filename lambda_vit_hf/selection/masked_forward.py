@@ -79,5 +79,5 @@ class MaskedForward:
         return layer.feed_forward(hidden_states[:, :1] if first_only else hidden_states)
 
     def _is_attention_left(self, index: int, pending: list[tuple[int, frozenset[int]]]) -> bool:
-        above = [layer for layer in self.model.config.kept_layers if layer > index]
+        above = [layer for layer in self.model.config.mixing_layers if layer > index]
         return any(self.share < 1 or layer not in masked for layer in above for _, masked in pending)

@@ -14,6 +14,7 @@ from lambda_vit_hf.export.onnx import (
     exported_program,
     quantize_onnx,
 )
+from lambda_vit_hf.models.attention_map import LinearMap
 from tests.conftest import TINY, perturb
 
 
@@ -27,11 +28,12 @@ def model():
     return perturb(LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, "num_hidden_layers": 3})))
 
 
+MAP = LinearMap(torch.eye(32), torch.eye(32).flip(0), torch.arange(32.0))
 STATES = {
     "removed": lambda model: model.remove_attention(REMOVED),
     "folded": lambda model: (model.remove_attention(REMOVED), model.fold_removed_attention()),
     "prepared": lambda model: (model.remove_attention(REMOVED), model.prepare_for_inference()),
-    "with a linear map": lambda model: model.replace_attention({1: (torch.eye(32).flip(0), torch.arange(32.0))}),
+    "with a linear map": lambda model: model.replace_attention({1: MAP}),
     "merged": lambda model: (model.remove_attention(REMOVED), model.set_token_merging(2)),
 }
 
