@@ -1,9 +1,9 @@
-"""Loading an image classifier that is to be measured or served: whole, or not at all."""
+"""Loading an image classifier, or an encoder, that is to be measured or served: whole, or not at all."""
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..models.families import read_config_dict
+from ..models.families import AutoLambdaModel, AutoLambdaModelForImageClassification, read_config_dict
 
 
 def load_classifier(
@@ -36,4 +36,24 @@ def load_classifier(
         raise ValueError(
             f"The class head of {name_or_path} was saved before any training: it is random. Train it first."
         )
+    return model.eval()
+
+
+def load_classifier_or_encoder(name_or_path: str) -> PreTrainedModel:
+    """
+    A Lambda model of any family, in eval mode, float32: an encoder where the checkpoint's config names a class
+    `...Model`, without a pooler that is not in the checkpoint (it would be random); else a classifier.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+
+    Raises:
+        As [`load_classifier`].
+    """
+    architecture = (read_config_dict(name_or_path).get("architectures") or [""])[0]
+    if not architecture.endswith("Model"):
+        return load_classifier(name_or_path, model_class=AutoLambdaModelForImageClassification)
+    model, info = AutoLambdaModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None
     return model.eval()

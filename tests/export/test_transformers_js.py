@@ -13,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from transformers import ViTImageProcessor
 
+from lambda_vit_hf import LambdaDinov2Config, LambdaDinov2Model, LambdaViTConfig, LambdaViTModel
 from lambda_vit_hf.export.preprocessing import describe_preprocessing
-from tests.export.conftest import DIGITS, NODE_MODULES, NUM_PICTURES, needs_node_modules, table
+from lambda_vit_hf.export.serving_folder import export_for_serving
+from tests.conftest import perturb
+from tests.export.conftest import DIGITS, NODE_MODULES, NUM_PICTURES, PROCESSOR, needs_node_modules, table
 
 
 pytestmark = [pytest.mark.slow, needs_node_modules]
@@ -76,5 +80,37 @@ def test_pixel_values_are_those_of_transformers(pictures, tmp_path, options):
     PIL.Image.fromarray(noise).save(colored[0])
     for path, one in zip(colored, in_node(folder=str(tmp_path), pictures=colored)["pixel_values"], strict=True):
         expected = processor(PIL.Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
-        found = np.array(one["data"]).reshape(one["dims"])
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(array(one), expected, rtol=1e-5, atol=1e-5)
+
+
+def array(answer: dict) -> np.ndarray:
+    return np.array(answer["data"]).reshape(answer["dims"])
+
+
+ENCODERS = {
+    "pooler": (LambdaViTModel, LambdaViTConfig),
+    "class token as pooled": (LambdaDinov2Model, LambdaDinov2Config),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_features_of_an_encoder_are_those_of_pytorch(pictures, tmp_path, name):
+    model_class, config_class = ENCODERS[name]
+    torch.manual_seed(0)
+    shape = dict(image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4)
+    model = perturb(model_class(config_class(**shape)))
+    model.remove_attention([0, 2])
+    model.prepare_for_inference()
+    export_for_serving(model, PROCESSOR, tmp_path / "encoder", int8=True, fp16=True)
+    images = PROCESSOR([PIL.Image.open(path).convert("RGB") for path in pictures], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**images)
+    task, folder = "image-feature-extraction", str(tmp_path / "encoder")
+    for dtype, tolerance in {"fp32": 1e-4, "fp16": 0.05, "q8": 0.5}.items():
+        answer = in_node(folder=folder, dtype=dtype, task=task, pictures=pictures)
+        found = {"last_hidden_state": array(answer["features"]), "pooler_output": array(answer["pooled"])}
+        for output, value in found.items():
+            difference = np.abs(value - expected[output].numpy()).max()
+            print(f"{name}, {dtype}: largest difference of {output} {difference:.2g}")
+            assert value.shape == expected[output].shape and difference < tolerance
+            assert (difference > 1e-4) == (dtype != "fp32"), "another file was run"
