@@ -39,21 +39,23 @@ def load_classifier(
     return model.eval()
 
 
+def load_encoder(name_or_path: str, **options) -> PreTrainedModel:
+    """
+    A Lambda model of any family without class head, in eval mode; a pooler that is not in the checkpoint is left out:
+    it would be random. Options are those of [`AutoLambdaModel.from_pretrained`], which says what is raised.
+    """
+    model, info = AutoLambdaModel.from_pretrained(name_or_path, output_loading_info=True, **options)
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None
+    return model
+
+
 def load_classifier_or_encoder(name_or_path: str) -> PreTrainedModel:
     """
     A Lambda model of any family, in eval mode, float32: an encoder where the checkpoint's config names a class
-    `...Model`, without a pooler that is not in the checkpoint (it would be random); else a classifier.
-
-    Args:
-        name_or_path (`str`): Hub id or folder.
-
-    Raises:
-        As [`load_classifier`].
+    `...Model`, else a classifier. Raises as [`load_encoder`] or [`load_classifier`].
     """
     architecture = (read_config_dict(name_or_path).get("architectures") or [""])[0]
-    if not architecture.endswith("Model"):
-        return load_classifier(name_or_path, model_class=AutoLambdaModelForImageClassification)
-    model, info = AutoLambdaModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-    if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        model.pooler = None
-    return model.eval()
+    if architecture.endswith("Model"):
+        return load_encoder(name_or_path, dtype=torch.float32)
+    return load_classifier(name_or_path, model_class=AutoLambdaModelForImageClassification)
