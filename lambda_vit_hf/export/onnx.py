@@ -281,6 +281,8 @@ def _check_exportable(model: nn.Module) -> None:
         raise ValueError("Export a model in eval mode: call `model.eval()` first.")
     if getattr(model, "newly_initialized_head", False):
         raise ValueError("The class head of this model is new: its logits would be random. Train it, then export.")
+    if getattr(model, "class_token_only", False):
+        raise ValueError("An encoder prepared within a classifier gives one token of all: load it anew, by itself.")
 
 
 def _try(model: nn.Module, images: torch.Tensor) -> list[str]:

@@ -218,6 +218,11 @@ def test_a_difference_in_the_second_output_counts(tmp_path, pixel_values):
     assert np.isnan(compare_onnx(model, tmp_path / "model.onnx", pixel_values).max_difference)
 
 
+def test_an_encoder_that_lacks_tokens_is_refused(removed, tmp_path):
+    with pytest.raises(ValueError, match="prepared within a classifier"):
+        export_onnx(removed.prepare_for_inference().base_model, tmp_path / "model.onnx")
+
+
 def test_what_gives_neither_logits_nor_features_is_refused(tmp_path):
     model = LambdaViTBackbone(LambdaViTConfig(**TINY)).eval()
     with pytest.raises(ValueError, match="Only classifiers and encoders are exported: BackboneOutput has neither"):
