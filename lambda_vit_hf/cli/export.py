@@ -1,4 +1,4 @@
-"""Export a trained model: ONNX in the Hub's layout, or a `torch.export` program; logits are compared.
+"""Export a trained model: ONNX in the Hub's layout, or a `torch.export` program; outputs are compared.
 
     lambda-vit export outputs/digits --output_dir outputs/digits_onnx --dataset_name digits
     lambda-vit export outputs/digits --output_dir outputs/digits_int8 --dataset_name digits --int8
@@ -7,9 +7,9 @@
     lambda-vit push outputs/digits_int8 me/digits-ONNX
 
 The folder of ONNX files is what transformers.js and optimum read; its `serve.py` needs onnxruntime alone.
-Takes any ViT checkpoint with a trained class head, of the Hub or on disk, removed layers or not. With a dataset, the
-comparison runs on images of its validation split, else on noise. `--token_merging_r 8` exports the model with that
-token merging.
+Takes any ViT checkpoint with a trained class head, or an encoder without one (saved from a class `...Model`), of the
+Hub or on disk, removed layers or not. With a dataset, the comparison runs on images of its validation split, else on
+noise. `--token_merging_r 8` exports the model with that token merging.
 Needs onnx, onnxruntime and onnxscript: pip install 'lambda-vit-hf[export]'.
 """
 
@@ -46,15 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import AutoImageProcessor
 
-    from lambda_vit_hf import AutoLambdaModelForImageClassification
-
-    from ..evaluation.classifier import load_classifier
+    from ..evaluation.classifier import load_classifier_or_encoder
     from ..export.onnx import export_program
     from ..export.serving_folder import export_for_serving
     from ..models.checksums import write_checksums
 
     check_output_dir(arguments.output_dir)
-    model = load_classifier(arguments.model, model_class=AutoLambdaModelForImageClassification)
+    model = load_classifier_or_encoder(arguments.model)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
     model.prepare_for_inference()

@@ -1,9 +1,9 @@
-"""Loading an image classifier that is to be measured or served: whole, or not at all."""
+"""Loading an image classifier, or an encoder, that is to be measured or served: whole, or not at all."""
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..models.families import read_config_dict
+from ..models.families import AutoLambdaModel, AutoLambdaModelForImageClassification, read_config_dict
 
 
 def load_classifier(
@@ -37,3 +37,25 @@ def load_classifier(
             f"The class head of {name_or_path} was saved before any training: it is random. Train it first."
         )
     return model.eval()
+
+
+def load_encoder(name_or_path: str, **options) -> PreTrainedModel:
+    """
+    A Lambda model of any family without class head, in eval mode; a pooler that is not in the checkpoint is left out:
+    it would be random. Options are those of [`AutoLambdaModel.from_pretrained`], which says what is raised.
+    """
+    model, info = AutoLambdaModel.from_pretrained(name_or_path, output_loading_info=True, **options)
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None
+    return model
+
+
+def load_classifier_or_encoder(name_or_path: str) -> PreTrainedModel:
+    """
+    A Lambda model of any family, in eval mode, float32: an encoder where the checkpoint's config names a class
+    `...Model`, else a classifier. Raises as [`load_encoder`] or [`load_classifier`].
+    """
+    architecture = (read_config_dict(name_or_path).get("architectures") or [""])[0]
+    if architecture.endswith("Model"):
+        return load_encoder(name_or_path, dtype=torch.float32)
+    return load_classifier(name_or_path, model_class=AutoLambdaModelForImageClassification)

@@ -23,68 +23,100 @@ class ExportCheck:
         file: name of the file.
         file_bytes: its size.
         num_images: images both were run on.
-        max_difference: largest difference between two logits.
-        top1_agreement: share of the images that both give the same best class.
+        max_difference: largest difference between two logits, or two features of an encoder.
+        top1_agreement: share of the images that both give the same best class; `None` for an encoder without head.
+        cosine: of an encoder, between the features of a token in both: mean over tokens and images.
     """
 
     file: str
     file_bytes: int
     num_images: int
     max_difference: float
-    top1_agreement: float
+    top1_agreement: float | None
+    cosine: float | None = None
+
+    @property
+    def task(self) -> str:
+        """What the Hub calls it."""
+        return "image-feature-extraction" if self.top1_agreement is None else "image-classification"
 
     def __str__(self) -> str:
+        if self.top1_agreement is None:
+            value, agreement = "feature", f"mean cosine of tokens {self.cosine:.6f}"
+        else:
+            value, agreement = "logit", f"same top-1 in {100 * self.top1_agreement:.1f} %"
         return (
-            f"{self.file}: {self.file_bytes / 1e6:.1f} MB; on {self.num_images} images, largest difference of a logit"
-            f" {self.max_difference:.2g}, same top-1 in {100 * self.top1_agreement:.1f} %"
+            f"{self.file}: {self.file_bytes / 1e6:.1f} MB; on {self.num_images} images, largest difference of a"
+            f" {value} {self.max_difference:.2g}, {agreement}"
         )
 
 
-class LogitsOnly(nn.Module):
-    """A classifier whose output is the tensor of logits `(batch, classes)`: what a file can hold."""
+def named_outputs(output) -> dict[str, torch.Tensor]:
+    """
+    What a file holds of a model's output: `logits` `(batch, classes)`; without them, of an encoder,
+    `last_hidden_state` `(batch, tokens, hidden)` and, where there is one, `pooler_output` `(batch, hidden)`.
+
+    Raises:
+        ValueError: if it is the output of neither.
+    """
+    if isinstance(output, torch.Tensor):
+        return {"logits": output}
+    names = ("logits",) if "logits" in output else ("last_hidden_state", "pooler_output")
+    found = {name: output[name] for name in names if name in output}
+    if names[0] not in found:
+        raise ValueError(
+            f"Only classifiers and encoders are exported: {type(output).__name__} has neither `logits` nor"
+            " `last_hidden_state`."
+        )
+    return found
+
+
+class TensorsOnly(nn.Module):
+    """A model whose output is a tensor, or a tuple of those of [`named_outputs`]: what a file can hold."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        output = self.model(pixel_values)
-        return output if isinstance(output, torch.Tensor) else output.logits
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        tensors = tuple(named_outputs(self.model(pixel_values)).values())
+        return tensors if len(tensors) > 1 else tensors[0]
 
 
 def export_onnx(model: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> ExportCheck:
     """
-    Write an ONNX file (input `pixel_values`, output `logits`, any batch size) and compare it with the model.
+    Write an ONNX file (input `pixel_values`, outputs by [`named_outputs`], any batch size) and compare it with the
+    model.
 
     Args:
-        model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode; float32 or float16.
+        model ([`LambdaViTForImageClassification`], any image classifier or encoder): in eval mode; float32 or float16.
         path (`str` or `Path`): the file; large weights stay inside it (ONNX allows 2 GB).
         images (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
             What to compare on; by default three images of noise.
 
     Raises:
-        ValueError: in training mode, in bfloat16 (numpy, and so onnxruntime's interface, has no such type), or if a
-            logit differs by more than 1e-3 (relative to logits over 1; float16: 3e-2). The file is not left behind.
+        ValueError: in training mode, in bfloat16 (numpy, and so onnxruntime's interface, has no such type), without
+            logits or features, or if one of these differs by more than 1e-3 (float16: 3e-2). No file is left behind.
     """
     _check_exportable(model)
     if next(model.parameters()).dtype == torch.bfloat16:
         raise ValueError("An ONNX model in bfloat16 cannot be fed from numpy: export in float32 or float16.")
     images = images_for(model, images)
-    _try(model, images)
+    names = _try(model, images)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         # The exporter's own housekeeping, on every call: https://github.com/pytorch/pytorch/issues/146830
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
         unchecked = Path(folder) / path.name
         torch.onnx.export(
-            LogitsOnly(model).eval(),
+            TensorsOnly(model).eval(),
             (_example(images),),
             unchecked,
             dynamo=True,
             verbose=False,
             external_data=False,
             input_names=["pixel_values"],
-            output_names=["logits"],
+            output_names=names,
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         )
         _drop_stack_traces(unchecked)
@@ -139,29 +171,36 @@ def quantize_onnx(source: str | Path, path: str | Path) -> None:
 
 
 def _take_images_one_by_one(path: str | Path) -> None:
-    """Put the graph of a file, from `pixel_values` to `logits`, into a Scan over the images of the batch."""
+    """Put the graph of a file, from `pixel_values` to its outputs, into a Scan over the images of the batch."""
     import onnx
     from onnx import helper
 
     model = onnx.load(path)
-    (pixel_values,), (logits,) = model.graph.input, model.graph.output
+    (pixel_values,), outputs = model.graph.input, model.graph.output
     body = onnx.GraphProto()
     body.CopyFrom(model.graph)
     for field in ("input", "output", "value_info"):  # shapes of whole batches
         body.ClearField(field)
+    outer = {value.name for value in (pixel_values, *outputs)}
     for node in body.node:  # a name of the outer graph may not come back in the inner one
         for names in (node.input, node.output):
             for index, name in enumerate(names):
-                if name in (pixel_values.name, logits.name):
+                if name in outer:
                     names[index] = f"{name}_of_one"
-    for value, name, values in ((pixel_values, "image", body.input), (logits, "scores", body.output)):
+    of_image = {}
+    for value in (pixel_values, *outputs):
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
-        values.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes))
+        name = f"{value.name}_of_image"
+        of_image[value.name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
+    body.input.append(of_image.pop(pixel_values.name))
+    body.output.extend(of_image.values())
     body.initializer.append(helper.make_tensor("batch_axis", onnx.TensorProto.INT64, [1], [0]))
-    body.node.insert(0, helper.make_node("Unsqueeze", ["image", "batch_axis"], [f"{pixel_values.name}_of_one"]))
-    body.node.append(helper.make_node("Squeeze", [f"{logits.name}_of_one", "batch_axis"], ["scores"]))
-    scan = helper.make_node("Scan", [pixel_values.name], [logits.name], num_scan_inputs=1, body=body)
-    model.graph.CopyFrom(helper.make_graph([scan], model.graph.name, [pixel_values], [logits]))
+    one = f"{pixel_values.name}_of_one"
+    body.node.insert(0, helper.make_node("Unsqueeze", [body.input[0].name, "batch_axis"], [one]))
+    for name, value in of_image.items():
+        body.node.append(helper.make_node("Squeeze", [f"{name}_of_one", "batch_axis"], [value.name]))
+    scan = helper.make_node("Scan", [pixel_values.name], list(of_image), num_scan_inputs=1, body=body)
+    model.graph.CopyFrom(helper.make_graph([scan], model.graph.name, [pixel_values], outputs))
     onnx.save(model, path)
 
 
@@ -191,42 +230,48 @@ def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | No
     `torch.export.load(path).module()`.
 
     Args:
-        model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode.
+        model ([`LambdaViTForImageClassification`], any image classifier or encoder): in eval mode.
         path (`str` or `Path`): the file.
         images (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): what to compare on.
 
     Raises:
-        ValueError: in training mode, or if a logit differs by more than 1e-3 (16 bits: 3e-2).
+        ValueError: in training mode, without logits or features, or if one of these differs by more than 1e-3
+            (16 bits: 3e-2).
     """
     _check_exportable(model)
     images = images_for(model, images)
     torch.export.save(exported_program(model, images), path)
     loaded = torch.export.load(path).module()
-    check = _compare(model, lambda batch: loaded(batch), images, Path(path))
+
+    def run(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = loaded(batch)
+        return found if isinstance(found, tuple) else (found,)
+
+    check = _compare(model, run, images, Path(path))
     _check_tolerance(check, model)
     return check
 
 
 def exported_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
-    """The model as a `torch.export` program from `pixel_values` to logits, for any batch size."""
+    """The model as a `torch.export` program from `pixel_values` to [`TensorsOnly`], for any batch size."""
     _try(model, images)
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        return torch.export.export(LogitsOnly(model).eval(), (_example(images),), dynamic_shapes=shapes)
+        return torch.export.export(TensorsOnly(model).eval(), (_example(images),), dynamic_shapes=shapes)
 
 
 def compare_onnx(
     model: nn.Module, path: str | Path, images: torch.Tensor, num_threads: int = 0, batch_size: int = 32
 ) -> ExportCheck:
-    """Logits of an ONNX file and of the model it came from, on `images` `(images, channels, height, width)`."""
+    """Outputs of an ONNX file and of the model it came from, on `images` `(images, channels, height, width)`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def run(batch: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(["logits"], {"pixel_values": batch.cpu().numpy()})[0])
+    def run(batch: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.from_numpy(one) for one in session.run(None, {"pixel_values": batch.cpu().numpy()})]
 
     return _compare(model, run, images, Path(path), batch_size)
 
@@ -236,15 +281,17 @@ def _check_exportable(model: nn.Module) -> None:
         raise ValueError("Export a model in eval mode: call `model.eval()` first.")
     if getattr(model, "newly_initialized_head", False):
         raise ValueError("The class head of this model is new: its logits would be random. Train it, then export.")
+    if getattr(model, "class_token_only", False):
+        raise ValueError("An encoder prepared within a classifier gives one token of all: load it anew, by itself.")
 
 
-def _try(model: nn.Module, images: torch.Tensor) -> None:
+def _try(model: nn.Module, images: torch.Tensor) -> list[str]:
     """
     One plain call before the exporter's: images that do not fit are refused in plain words, and layers note a lambda
-    that was changed in its buffer, which the exporter cannot read.
+    that was changed in its buffer, which the exporter cannot read. The names of the outputs.
     """
     with torch.no_grad():
-        model(_example(images))
+        return list(named_outputs(model(_example(images))))
 
 
 def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:
@@ -268,12 +315,18 @@ def _example(images: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def _compare(model: nn.Module, run, images: torch.Tensor, path: Path, batch_size: int = 32) -> ExportCheck:
     rest = images[1:].split(batch_size) if len(images) > 1 else ()
-    batches = [images[:1], *rest]  # batch sizes that were not traced
-    expected = torch.cat([LogitsOnly(model)(batch).float().cpu() for batch in batches])
-    found = torch.cat([run(batch).float().cpu() for batch in batches])
-    agreement = (expected.argmax(dim=1) == found.argmax(dim=1)).double().mean().item()
-    difference = (expected - found).abs().max().item()
-    return ExportCheck(path.name, path.stat().st_size, len(images), difference, agreement)
+    differences, agreements = [], []
+    for batch in (images[:1], *rest):  # batch sizes that were not traced
+        outputs = named_outputs(model(batch))
+        expected, found = ([one.float().cpu() for one in values] for values in (outputs.values(), run(batch)))
+        differences += [(one - other).abs().max() for one, other in zip(expected, found, strict=True)]
+        if "logits" in outputs:
+            agreements.append((expected[0].argmax(dim=1) == found[0].argmax(dim=1)).double())
+        else:
+            agreements.append(nn.functional.cosine_similarity(expected[0], found[0], dim=-1).double().mean(dim=1))
+    agreement = torch.cat(agreements).mean().item()
+    scores = (agreement, None) if "logits" in outputs else (None, agreement)
+    return ExportCheck(path.name, path.stat().st_size, len(images), torch.stack(differences).max().item(), *scores)
 
 
 def _check_tolerance(check: ExportCheck, model: nn.Module) -> None:

@@ -30,6 +30,7 @@ class OnnxImageClassifier:
 
     Raises:
         OSError: if a file is not what `SHA256SUMS` lists.
+        ValueError: if the folder holds an encoder, which knows no classes.
 
     Example:
 
@@ -43,7 +44,9 @@ class OnnxImageClassifier:
         folder = Path(folder)
         check_checksums(folder)
         self.preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        labels = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+        labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
+        if labels is None:
+            raise ValueError(f"{folder} holds an encoder without class head: it gives features, and no classes.")
         self.labels: list[str] = [labels[str(index)] for index in range(len(labels))]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads

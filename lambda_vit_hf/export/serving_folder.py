@@ -19,6 +19,7 @@ from .preprocessing import describe_preprocessing
 
 
 LEAST_AGREEMENT = 0.9
+CLASSIFICATION = "image-classification"
 
 
 def export_for_serving(
@@ -33,11 +34,11 @@ def export_for_serving(
     Write a folder in the layout of https://huggingface.co/docs/transformers.js: `config.json` (`model_type: vit`, for
     any family: a runner of the graph needs to know no more), `lambda_config.json` (the model's own),
     `preprocessor_config.json`, `onnx/model.onnx`, and on request `onnx/model_fp16.onnx` and
-    `onnx/model_quantized.onnx`. Beside them `serve.py`, which needs onnxruntime, numpy and Pillow only, with
-    `decoding.py` and `checksums.py`; a README; and `SHA256SUMS` of all. The folder appears at once, whole.
+    `onnx/model_quantized.onnx`. Beside them, for a classifier, `serve.py`, which needs onnxruntime, numpy and Pillow
+    only, with `decoding.py` and `checksums.py`; a README; and `SHA256SUMS` of all. The folder appears at once, whole.
 
     Args:
-        model ([`LambdaViTForImageClassification`] or any image classifier): in eval mode, float32.
+        model ([`LambdaViTForImageClassification`], any image classifier or encoder): in eval mode, float32.
         image_processor: the model's Hugging Face image processor.
         folder (`str` or `Path`): created; must not exist, or be empty.
         images (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
@@ -50,27 +51,27 @@ def export_for_serving(
 
     Raises:
         FileExistsError: if the folder is not empty.
-        ValueError: if the model has no class head, or does not take float32 RGB images; on an option of the image
-            processor that transformers.js does not honour, which is named; on a difference in logits; and in int8 or
-            float16 on NaN, or if fewer than 90 % of given `images` keep their best class. Nothing is left behind.
+        ValueError: if the model is neither classifier nor encoder, or does not take float32 RGB images; on an option
+            of the image processor that transformers.js does not honour, which is named; on a difference in outputs;
+            and in int8 or float16 on NaN, or if fewer than 90 % of given `images` keep their best class (encoder: if
+            the mean cosine of tokens is below 0.9). Nothing is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Name another one.")
     if model.config.num_channels != 3 or next(model.parameters()).dtype != torch.float32:
         raise ValueError("A folder to serve holds a float32 model for RGB images.")
-    if not getattr(model, "has_class_head", True):
-        raise ValueError(f"{type(model).__name__} has no class head: only image classifiers are exported to serve.")
     preprocessing = describe_preprocessing(image_processor)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
         (unfinished / "onnx").mkdir(parents=True)
         checks = _write_graphs(model, unfinished / "onnx", images, int8, fp16)
-        _write_json(unfinished / "config.json", describe_graph(model.config, int8))
+        _write_json(unfinished / "config.json", describe_graph(model.config, int8, checks[0].task))
         (unfinished / MODEL_CONFIG).write_text(model.config.to_json_string(), encoding="utf-8")
         _write_json(unfinished / "preprocessor_config.json", preprocessing)
-        _copy_code(unfinished)
+        if checks[0].task == CLASSIFICATION:
+            _copy_code(unfinished)
         (unfinished / "README.md").write_text(_readme(checks), encoding="utf-8")
         write_checksums(unfinished)
         if folder.is_dir():
@@ -79,21 +80,22 @@ def export_for_serving(
     return checks
 
 
-def describe_graph(config, int8: bool) -> dict:
+def describe_graph(config, int8: bool, task: str = CLASSIFICATION) -> dict:
     """
     The content of `config.json`: a plain ViT, which names the file with the model's own config.
 
     Args:
         config: of the model; see [`LambdaViTConfig`].
         int8 (`bool`): whether there is a file in int8, which transformers.js takes by default in a browser.
+        task (`str`, *optional*, defaults to `"image-classification"`): or `"image-feature-extraction"`.
     """
     shape = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    is_classifier = task == CLASSIFICATION
     return {
         "model_type": "vit",
-        "architectures": ["ViTForImageClassification"],
+        "architectures": ["ViTForImageClassification" if is_classifier else "ViTModel"],
         **{name: getattr(config, name) for name in shape},
-        "id2label": config.id2label,
-        "label2id": config.label2id,
+        **({"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}),
         "lambda_config": MODEL_CONFIG,
         **({} if int8 else {"transformers.js_config": {"dtype": "fp32"}}),
     }
@@ -109,7 +111,8 @@ def _write_graphs(
         if is_wanted:
             write(exact, folder / name)
             check = compare_onnx(model, folder / name, images_for(model, images))
-            is_close = images is None or check.top1_agreement >= LEAST_AGREEMENT
+            agreement = check.cosine if check.top1_agreement is None else check.top1_agreement
+            is_close = images is None or agreement >= LEAST_AGREEMENT
             if not (is_close and np.isfinite(check.max_difference)):
                 bits = 8 if name == "model_quantized.onnx" else 16
                 raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")
@@ -128,10 +131,8 @@ def _copy_code(folder: Path) -> None:
     (folder / "serve.py").write_text(serving, encoding="utf-8")
 
 
-def _readme(checks: list[ExportCheck]) -> str:
-    compared = "".join(f"- {check}\n" for check in checks)
-    return (
-        "---\nlibrary_name: transformers.js\npipeline_tag: image-classification\ntags:\n- onnx\n---\n\n"
+_USE = {
+    CLASSIFICATION: (
         "# An image classifier in ONNX\n\n"
         "With transformers.js, in a browser or Node (`dtype`: fp32; fp16 or q8 where the file is in `onnx/`):\n\n"
         "```js\nconst classify = await pipeline('image-classification', 'USER/NAME', { dtype: 'fp32' });\n"
@@ -140,6 +141,22 @@ def _readme(checks: list[ExportCheck]) -> str:
         "```bash\npip install onnxruntime numpy pillow\npython serve.py picture.jpg\n```\n\n"
         "```python\nimport PIL.Image\nfrom serve import OnnxImageClassifier\n\n"
         'print(OnnxImageClassifier(".").classify([PIL.Image.open("picture.jpg")]))\n```\n\n'
+    ),
+    "image-feature-extraction": (
+        "# An image encoder in ONNX\n\n"
+        "With transformers.js, in a browser or Node (`dtype`: fp32; fp16 or q8 where the file is in `onnx/`):\n\n"
+        "```js\nconst encode = await pipeline('image-feature-extraction', 'USER/NAME', { dtype: 'fp32' });\n"
+        "const features = await encode('picture.jpg'); // last_hidden_state: 1 x tokens x hidden\n"
+        "// await encode('picture.jpg', { pool: true }) is its pooler_output, where it has one\n```\n\n"
+    ),
+}
+
+
+def _readme(checks: list[ExportCheck]) -> str:
+    compared = "".join(f"- {check}\n" for check in checks)
+    task = checks[0].task
+    return (
+        f"---\nlibrary_name: transformers.js\npipeline_tag: {task}\ntags:\n- onnx\n---\n\n{_USE[task]}"
         "`config.json` says `vit` to whoever runs the graph; the config of the model that was exported is"
         f" `{MODEL_CONFIG}`.\n\n"
         f"Compared with the PyTorch model:\n\n{compared}\n"

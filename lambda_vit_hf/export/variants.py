@@ -26,7 +26,7 @@ from ..models.attention_map import LinearMap
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
-from .onnx import LogitsOnly, export_onnx, exported_program, quantize_onnx
+from .onnx import TensorsOnly, export_onnx, exported_program, quantize_onnx
 from .reference_models import as_timm_vit, as_transformers_model, transformers_class
 
 
@@ -220,7 +220,7 @@ def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
     shown = [step for step in steps if step not in DTYPES]
     variant = Variant(
         name="+".join([source, *shown]),
-        run=LogitsOnly(model).eval(),
+        run=TensorsOnly(model).eval(),
         dtype=dtype,
         function=function,
         image_shape=_image_shape(config),
@@ -315,11 +315,11 @@ def _session(path: Path):
 
 
 def run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from pixel values to logits, by an ONNX file in onnxruntime on the CPU."""
+    """A function from pixel values to the first output of an ONNX file, in onnxruntime on the CPU."""
     session = _session(path)
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.cpu().numpy()})[0])
+        return torch.from_numpy(session.run(None, {"pixel_values": pixel_values.cpu().numpy()})[0])
 
     return run
 

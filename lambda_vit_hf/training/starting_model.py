@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from ..data.augmentation import output_size, with_evaluation_crop
+from ..evaluation.classifier import load_encoder
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModel, AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
@@ -76,7 +77,7 @@ def load_starting_model(
         if unknown:
             raise ValueError(f"{type(stored).__name__} has no {' and '.join(unknown)}: leave that out.")
         if class_names is None:
-            model, is_new = _load_encoder(source, given), False
+            model, is_new = load_encoder(source, **given), False
         else:
             model, is_new = _load(source, stored, model_args.ignore_mismatched_sizes, labels, given)
         processor = _load_processor(source, model_args.image_size)
@@ -111,13 +112,6 @@ def _check_shape(source: str, stored, shape: dict) -> None:
             f"{source} has a shape of its own, another one was given (checkpoint, given): {other}. Leave these out, or"
             " leave --model_name_or_path out to train a new model. Only --image_size can be changed."
         )
-
-
-def _load_encoder(source: str, given: dict):
-    model, info = AutoLambdaModel.from_pretrained(source, output_loading_info=True, **given)
-    if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        model.pooler = None  # it would be random, and nothing here trains it
-    return model
 
 
 def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, given: dict):

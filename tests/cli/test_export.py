@@ -1,6 +1,7 @@
 """`lambda-vit export`: what it writes, what it needs, what it refuses."""
 
 import pytest
+from onnxruntime import InferenceSession
 from transformers import ViTImageProcessor
 
 from lambda_vit_hf import LambdaViTModel
@@ -32,16 +33,21 @@ def test_one_image_is_enough_to_compare_on(folder, tmp_path, capsys):
     assert "on 1 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("classes", [None, 3], ids=["no head", "a head of another size"])
-def test_a_model_whose_head_was_never_trained_is_refused(model, folder, tmp_path, classes):
-    if classes is None:
-        LambdaViTModel(model.config, add_pooling_layer=False).save_pretrained(tmp_path / "headless")
-        ViTImageProcessor().save_pretrained(tmp_path / "headless")
-        source = tmp_path / "headless"
-    else:
-        model.config.num_labels = classes
-        model.config.save_pretrained(folder)
-        source = folder
+def test_a_model_whose_head_was_never_trained_is_refused(model, folder, tmp_path):
+    model.config.num_labels = 3
+    model.config.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"classifier\.bias.*Train it first"):
-        export.main([str(source), "--output_dir", str(tmp_path / "out")])
+        export.main([str(folder), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("has_pooler", [False, True])
+def test_an_encoder_is_exported_with_what_its_checkpoint_has(model, tmp_path, capsys, has_pooler):
+    model.remove_attention([0])
+    LambdaViTModel(model.config, add_pooling_layer=has_pooler).save_pretrained(tmp_path / "encoder")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "encoder")
+    export.main([str(tmp_path / "encoder"), "--output_dir", str(tmp_path / "out")])
+    assert "largest difference of a feature" in capsys.readouterr().out
+    session = InferenceSession(tmp_path / "out" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    names = ["last_hidden_state", *["pooler_output"] * has_pooler]  # a pooler that is not there would be random
+    assert [one.name for one in session.get_outputs()] == names

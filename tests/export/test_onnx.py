@@ -5,15 +5,24 @@ import onnxruntime
 import pytest
 import torch
 
-from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
+from lambda_vit_hf import (
+    LambdaDinov2Config,
+    LambdaDinov2Model,
+    LambdaViTBackbone,
+    LambdaViTConfig,
+    LambdaViTForImageClassification,
+    LambdaViTModel,
+)
 from lambda_vit_hf.export import onnx as export
 from lambda_vit_hf.export.onnx import (
     compare_onnx,
     export_onnx,
     export_program,
     exported_program,
+    halve_onnx,
     quantize_onnx,
 )
+from lambda_vit_hf.export.variants import _run_openvino, run_session
 from lambda_vit_hf.models.attention_map import LinearMap
 from tests.conftest import TINY, perturb
 
@@ -164,3 +173,60 @@ def test_images_of_another_size_are_refused_in_plain_words(model, tmp_path, expo
     with pytest.raises(ValueError, match=r"24\*24.*16\*16"):
         export_to(model, tmp_path / "model.onnx", torch.zeros(2, 3, 24, 24))
     assert not list(tmp_path.glob("model.onnx"))
+
+
+@pytest.mark.parametrize("state", ["removed", "prepared", "merged"])
+def test_an_encoder_gives_its_features_in_each_precision(state, tmp_path, pixel_values):
+    torch.manual_seed(0)
+    model = perturb(LambdaViTModel(LambdaViTConfig(**{**TINY, "num_hidden_layers": 3})))
+    STATES[state](model)
+    files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "int8")}
+    check = export_onnx(model, files["fp32"])
+    assert check.max_difference < 1e-4 and check.cosine > 0.999999 and check.top1_agreement is None
+    assert "largest difference of a feature" in str(check) and "mean cosine of tokens 1.000000" in str(check)
+    halve_onnx(files["fp32"], files["fp16"])
+    quantize_onnx(files["fp32"], files["int8"])
+    seven = pixel_values.repeat(3, 1, 1, 1)[:7]
+    with torch.no_grad():
+        expected = model(seven)
+    for name, tolerance in {"fp32": 1e-4, "fp16": 0.02, "int8": 0.3}.items():
+        found = onnxruntime.InferenceSession(files[name], providers=["CPUExecutionProvider"])
+        assert [one.name for one in found.get_outputs()] == ["last_hidden_state", "pooler_output"]
+        for value, wanted in zip(found.run(None, {"pixel_values": seven.numpy()}), expected.values(), strict=True):
+            np.testing.assert_allclose(value, wanted, rtol=0, atol=tolerance)
+        assert (compare_onnx(model, files[name], seven).max_difference > 1e-4) == (name != "fp32")
+
+
+def test_an_encoder_without_pooler_runs_in_every_engine(tmp_path, pixel_values):
+    torch.manual_seed(0)
+    model = perturb(LambdaDinov2Model(LambdaDinov2Config(**TINY)))
+    STATES["prepared"](model)
+    with torch.no_grad():
+        expected = model(pixel_values).last_hidden_state
+    assert export_program(model, tmp_path / "model.pt2").cosine > 0.999999
+    export_onnx(model, tmp_path / "model.onnx")
+    for run in (run_session(tmp_path / "model.onnx"), _run_openvino(tmp_path / "model.onnx", "fp32")):
+        torch.testing.assert_close(run(pixel_values), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_difference_in_the_second_output_counts(tmp_path, pixel_values):
+    model = perturb(LambdaViTModel(LambdaViTConfig(**{**TINY, "num_hidden_layers": 1})))
+    export_onnx(model, tmp_path / "model.onnx")
+    with torch.no_grad():
+        model.pooler.dense.bias.add_(0.5)
+    check = compare_onnx(model, tmp_path / "model.onnx", pixel_values)
+    assert check.max_difference > 0.01 and check.cosine > 0.999999
+    with torch.no_grad():
+        model.pooler.dense.bias.fill_(float("nan"))
+    assert np.isnan(compare_onnx(model, tmp_path / "model.onnx", pixel_values).max_difference)
+
+
+def test_an_encoder_that_lacks_tokens_is_refused(removed, tmp_path):
+    with pytest.raises(ValueError, match="prepared within a classifier"):
+        export_onnx(removed.prepare_for_inference().base_model, tmp_path / "model.onnx")
+
+
+def test_what_gives_neither_logits_nor_features_is_refused(tmp_path):
+    model = LambdaViTBackbone(LambdaViTConfig(**TINY)).eval()
+    with pytest.raises(ValueError, match="Only classifiers and encoders are exported: BackboneOutput has neither"):
+        export_onnx(model, tmp_path / "model.onnx")

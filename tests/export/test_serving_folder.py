@@ -23,7 +23,7 @@ from lambda_vit_hf.export.onnx import compare_onnx, export_onnx, halve_onnx
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.preprocessing import describe_preprocessing
 from lambda_vit_hf.export.serving_folder import describe_graph, export_for_serving
-from lambda_vit_hf.hub.exported_folder import EXPORTED_FILES
+from lambda_vit_hf.hub.exported_folder import EXPORTED_FILES, check_exported_folder
 from tests.conftest import TINY, perturb
 
 
@@ -247,7 +247,25 @@ def test_a_damaged_or_swapped_file_is_not_served(in_int8, tmp_path, name):
         OnnxImageClassifier(folder)
 
 
-def test_a_model_without_class_head_is_refused_in_words(removed, tmp_path):
-    with pytest.raises(ValueError, match="LambdaViTModel has no class head"):
-        export_for_serving(removed.base_model, ViTImageProcessor(size={"height": 16, "width": 16}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_an_encoder_is_served_as_one_and_classifies_nothing(removed, tmp_path):
+    folder = tmp_path / "served"
+    checks = export_for_serving(removed.base_model, ViTImageProcessor(**PROCESSORS["square"]), folder, int8=True)
+    assert [check.file for check in checks] == ["model.onnx", "model_quantized.onnx"]
+    assert files_of(folder) == set(EXPORTED_FILES) - {
+        "serve.py", "decoding.py", "checksums.py", "onnx/model_fp16.onnx"
+    }  # fmt: skip
+    assert {path.relative_to(folder).as_posix() for path in check_exported_folder(folder)} == files_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("vit", ["ViTModel"]) and "id2label" not in config
+    readme = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in readme and "serve.py" not in readme
+    with pytest.raises(ValueError, match="served holds an encoder without class head"):
+        OnnxImageClassifier(folder)
+
+
+def test_an_encoder_in_int8_is_refused_where_its_features_turn(removed, tmp_path, monkeypatch):
+    processor, images = ViTImageProcessor(**PROCESSORS["square"]), torch.randn(4, 3, 16, 16)
+    monkeypatch.setattr(serving_folder, "LEAST_AGREEMENT", 1.01)
+    with pytest.raises(ValueError, match="8 bits are too few"):
+        export_for_serving(removed.base_model, processor, tmp_path / "served", images, int8=True)
+    assert not (tmp_path / "served").exists()

@@ -7,7 +7,6 @@ Runs where LAMBDA_VIT_NODE_MODULES names a folder in which the package was insta
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -15,23 +14,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from torch.nn.functional import cross_entropy
 from transformers import ViTImageProcessor
 
-from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
+from lambda_vit_hf import LambdaDinov2Config, LambdaDinov2Model, LambdaViTConfig, LambdaViTModel
 from lambda_vit_hf.export.preprocessing import describe_preprocessing
 from lambda_vit_hf.export.serving_folder import export_for_serving
+from tests.conftest import perturb
+from tests.export.conftest import DIGITS, NODE_MODULES, NUM_PICTURES, PROCESSOR, needs_node_modules, table
 
 
-NODE_MODULES = os.environ.get("LAMBDA_VIT_NODE_MODULES")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not NODE_MODULES, reason="LAMBDA_VIT_NODE_MODULES names no folder with transformers.js"),
-]
-PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
-DIGITS = load_digits()
-NUM_PICTURES = 50
+pytestmark = [pytest.mark.slow, needs_node_modules]
 
 
 def in_node(**request) -> dict:
@@ -41,70 +33,6 @@ def in_node(**request) -> dict:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
-
-
-def gray_digits() -> list[PIL.Image.Image]:
-    """The last digits, 8 x 8 pixels: no resizing changes them."""
-    return [PIL.Image.fromarray((one * 255 / 16).astype(np.uint8)) for one in DIGITS.images[-NUM_PICTURES:]]
-
-
-@torch.no_grad()
-def probabilities(model) -> np.ndarray:
-    images = PROCESSOR([one.convert("RGB") for one in gray_digits()], return_tensors="pt")["pixel_values"]
-    return model(images).logits.softmax(dim=1).numpy()
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, paths = tmp_path_factory.mktemp("pictures"), []
-    for index, digit in enumerate(gray_digits()):
-        paths.append(str(folder / f"{index}.png"))
-        digit.save(paths[-1])
-    return paths
-
-
-def train(model, steps: int) -> None:
-    gray = torch.tensor(DIGITS.images[:-NUM_PICTURES], dtype=torch.float32) * 255 / 16
-    images = (gray.floor() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    labels, generator = torch.tensor(DIGITS.target[:-NUM_PICTURES]), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    model.train()
-    for _ in range(steps):
-        batch = torch.randint(len(images), (64,), generator=generator)
-        cross_entropy(model(images[batch]).logits, labels[batch]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory):
-    """Folder and PyTorch's answers by name: a small trained ViT, and it without 2 of its 4 attentions, folded."""
-    torch.manual_seed(0)
-    config = LambdaViTConfig(
-        image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
-        initializer_range=0.1, id2label={digit: f"digit {digit}" for digit in range(10)},
-        label2id={f"digit {digit}": digit for digit in range(10)},
-    )  # fmt: skip
-    model, folder, found = LambdaViTForImageClassification(config), tmp_path_factory.mktemp("exports"), {}
-    train(model, 300)
-    found["whole"] = folder / "whole", probabilities(model)
-    export_for_serving(model, PROCESSOR, folder / "whole", int8=True)
-    model.remove_attention([0, 2])
-    train(model, 150)
-    model.fold_removed_attention()
-    model.prepare_for_inference()
-    found["removed"] = folder / "removed", probabilities(model)
-    export_for_serving(model, PROCESSOR, folder / "removed", int8=True)
-    return found
-
-
-def table(answers: list[list[dict]]) -> np.ndarray:
-    """Probabilities `(pictures, classes)`."""
-    order = [f"digit {digit}" for digit in range(10)]
-    scores = [{one["label"]: one["score"] for one in answer} for answer in answers]
-    return np.array([[one[label] for label in order] for one in scores])
 
 
 @pytest.mark.parametrize("name", ["whole", "removed"])
@@ -152,5 +80,37 @@ def test_pixel_values_are_those_of_transformers(pictures, tmp_path, options):
     PIL.Image.fromarray(noise).save(colored[0])
     for path, one in zip(colored, in_node(folder=str(tmp_path), pictures=colored)["pixel_values"], strict=True):
         expected = processor(PIL.Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
-        found = np.array(one["data"]).reshape(one["dims"])
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(array(one), expected, rtol=1e-5, atol=1e-5)
+
+
+def array(answer: dict) -> np.ndarray:
+    return np.array(answer["data"]).reshape(answer["dims"])
+
+
+ENCODERS = {
+    "pooler": (LambdaViTModel, LambdaViTConfig),
+    "class token as pooled": (LambdaDinov2Model, LambdaDinov2Config),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_features_of_an_encoder_are_those_of_pytorch(pictures, tmp_path, name):
+    model_class, config_class = ENCODERS[name]
+    torch.manual_seed(0)
+    shape = dict(image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4)
+    model = perturb(model_class(config_class(**shape)))
+    model.remove_attention([0, 2])
+    model.prepare_for_inference()
+    export_for_serving(model, PROCESSOR, tmp_path / "encoder", int8=True, fp16=True)
+    images = PROCESSOR([PIL.Image.open(path).convert("RGB") for path in pictures], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**images)
+    task, folder = "image-feature-extraction", str(tmp_path / "encoder")
+    for dtype, tolerance in {"fp32": 1e-4, "fp16": 0.05, "q8": 0.5}.items():
+        answer = in_node(folder=folder, dtype=dtype, task=task, pictures=pictures)
+        found = {"last_hidden_state": array(answer["features"]), "pooler_output": array(answer["pooled"])}
+        for output, value in found.items():
+            difference = np.abs(value - expected[output].numpy()).max()
+            print(f"{name}, {dtype}: largest difference of {output} {difference:.2g}")
+            assert value.shape == expected[output].shape and difference < tolerance
+            assert (difference > 1e-4) == (dtype != "fp32"), "another file was run"

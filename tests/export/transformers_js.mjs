@@ -2,7 +2,8 @@
 //
 //     node transformers_js.mjs FOLDER_WITH_NODE_MODULES < request.json
 //
-// {"folder": ..., "dtype": ..., "pictures": [...]}: without a dtype pixel values, with one the scores of all classes.
+// {"folder": ..., "dtype": ..., "task": ..., "pictures": [...]}: without a dtype pixel values, with one the scores of
+// all classes, or the features, as they are and pooled.
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -10,12 +11,17 @@ import path from "node:path";
 
 const require = createRequire(path.join(process.argv[2], "here.js"));
 const { AutoImageProcessor, RawImage, env, pipeline } = require("@huggingface/transformers");
-const { folder, dtype, pictures } = JSON.parse(readFileSync(0, "utf-8"));
+const { folder, dtype, task, pictures } = JSON.parse(readFileSync(0, "utf-8"));
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(folder);
 const name = path.basename(folder);
 const answer = {};
-if (dtype) {
+const plain = ({ dims, data }) => ({ dims, data: Array.from(data) });
+if (task === "image-feature-extraction") {
+  const encode = await pipeline(task, name, { dtype });
+  answer.features = plain(await encode(pictures));
+  answer.pooled = plain(await encode(pictures, { pool: true }));
+} else if (dtype) {
   const classify = await pipeline("image-classification", name, { dtype });
   answer.together = await classify(pictures, { top_k: null });
   answer.alone = [];
@@ -25,7 +31,7 @@ if (dtype) {
   answer.pixel_values = [];
   for (const picture of pictures) {
     const { pixel_values } = await processor(await RawImage.read(picture));
-    answer.pixel_values.push({ dims: pixel_values.dims, data: Array.from(pixel_values.data) });
+    answer.pixel_values.push(plain(pixel_values));
   }
 }
 console.log(JSON.stringify(answer));
