@@ -65,6 +65,7 @@ def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--random_sets", type=int, default=48, help="per seed, of the least and most layers; 0: none")
     parser.add_argument("--train_choices", action="store_true", help="dilute what NOSE picks with each choice, too")
     parser.add_argument("--blocks", action="store_true", help="whole blocks too, at equal multiply-accumulates")
+    parser.add_argument("--no_training", action="store_true", help="only what is known right after removal")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/comparison"))
     options, overrides = parser.parse_known_args(argv)
     if options.base_models and len(options.base_models) != len(options.seeds):
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         if seed not in {run["seed"] for run in results["runs"]}:
             measure(results, options, experiment.base_model(seed, checkpoints[seed]))
             save()
-    train(results, options, experiment, checkpoints, save)
+    if not options.no_training:
+        train(results, options, experiment, checkpoints, save)
     print_tables(results)
     print(f"\nFigures in {path}")
 

@@ -132,6 +132,15 @@ def test_attention_fades_to_each_thing_for_each_budget(tmp_path, digits_vit, cap
     assert "after 0.5 epochs (%) | after 1 epochs (%)" in capsys.readouterr().out
 
 
+def test_nothing_is_trained_where_nobody_asks_for_it(tmp_path, digits_vit, capsys):
+    results = compare(
+        tmp_path, "--seeds", "7", "--strategies", "last", "weight_entropy", "--base_models", digits_vit,
+        "--random_sets", "0", "--no_choices", "--no_training",
+    )  # fmt: skip
+    assert results["trainings"] == {} and len(results["runs"]) == 2
+    assert "diluted" not in capsys.readouterr().out
+
+
 def test_whole_blocks_and_a_teacher(tmp_path, digits_vit, capsys):
     results = compare(
         tmp_path, "--seeds", "7", "--strategies", "loss", "random:0", "random:1", "--base_models", digits_vit,
