@@ -121,8 +121,8 @@ class BaseModel:
     def add_divergence(self, runs: list[dict]) -> list[dict]:
         """To each run, the KL divergence from the whole model (nats) when its layers are masked as they will fade."""
         with_maps = [run for run in runs if run["fade_to"] == "linear"]
-        with self._autocast():
-            changes = change_by_linear_maps(self.model, self.calibration, [run["layers"] for run in with_maps])
+        sets = [run["layers"] for run in with_maps]
+        changes = change_by_linear_maps(self.model, self.calibration, sets, self.autocast_dtype)
         for run, change in zip(with_maps, changes, strict=True):
             run["divergence"] = change.divergence
         for fade_to in {run["fade_to"]: None for run in runs if run["fade_to"] != "linear"}:
@@ -166,14 +166,14 @@ class BaseModel:
 
     def choose_for_linear_maps(self, number: int) -> list[list[int]]:
         """Sets of 1, 2, ... `number` layers whose attention linear maps replace best, each in the order picked."""
-        with self._autocast():
-            order = choose_for_linear_maps(self.model, self.calibration, number)
+        order = choose_for_linear_maps(self.model, self.calibration, number, self.autocast_dtype)
         return [order[:count] for count in range(1, number + 1)]
 
     def measure_linear_map(self, layers: list[int]) -> float:
         """Top-1 with linear maps in the place of the attention of these layers."""
+        thinner = with_linear_maps(self.model, self.calibration, layers, self.autocast_dtype)
         with self._autocast():
-            (top1,) = masked_top1(with_linear_maps(self.model, self.calibration, layers), self.validation, [[]])
+            (top1,) = masked_top1(thinner, self.validation, [[]])
         return top1
 
     def measure_top1(self, sets: list, mask: str) -> list[float]:

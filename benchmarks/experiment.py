@@ -105,6 +105,7 @@ class Experiment:
         callbacks = []
         if fade_to == "linear":
             pixel_values, _ = self._calibration(self._images(processor, seed))
+            model.to(self.training_args.device)
             maps = fit_linear_maps(model, pixel_values, layers, autocast_dtype=self._autocast_dtype, disable_tqdm=True)
             teacher = copy.deepcopy(model)
             model.replace_attention(maps)

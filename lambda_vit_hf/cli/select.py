@@ -95,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_image_dataset(**dataset_options(arguments), labelled=False)["train"]
     processor = AutoImageProcessor.from_pretrained(arguments.model)
     images = ProcessedImages(images, processor)
-    if arguments.linear_maps:
-        model.check_replacement(model.config.kept_layers[:1])  # known before the search
+    _check_linear_maps(arguments, model)
     if _asks_how_many(arguments):
         selection = find_out_how_many(model, images, config, arguments, state.is_main_process)
     else:
@@ -106,11 +105,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     if state.is_main_process and selection is not None:
         report(selection, arguments.output_dir)
-    if selection is not None and arguments.linear_maps:
+    if selection is not None and selection.layers and arguments.linear_maps:
         put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
     if state.is_main_process and selection is not None:
         print(f"to go on: {next_command(arguments, selection)}")
     state.destroy_process_group()
+
+
+def _check_linear_maps(arguments: argparse.Namespace, model) -> None:
+    """Before anything is measured: what could not be replaced, or not removed, in the end."""
+    from ..selection.checks import count_layers
+
+    if arguments.linear_maps:
+        if (arguments.output_dir / "model").resolve() == Path(arguments.model).resolve():
+            raise ValueError(f"--output_dir {arguments.output_dir} would overwrite the model: give another.")
+        kept, count = model.config.kept_layers, 1
+        if not _asks_how_many(arguments):
+            count = count_layers(len(kept), arguments.num_removed_layers, arguments.removal_ratio)
+        model.check_replacement(kept[:count])
+    elif model.config.fade_to == "linear" and not _asks_how_many(arguments):
+        raise ValueError("Linear maps took the place of attention in this model: add --linear_maps to go on so.")
 
 
 def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_main_process: bool):
@@ -186,23 +200,32 @@ def _change_text(change) -> str:
 
 
 def put_linear_maps(model, processor, images, selection, arguments: argparse.Namespace, is_main_process: bool) -> None:
-    """Save a copy of the model that has linear maps in the place of the attention chosen; say what they change."""
+    """Save a copy of the model that has linear maps in the place of the attention chosen; say what they change, on
+    images that they were not fitted on, where there are more."""
     import copy
 
+    from torch.utils.data import Subset
+
+    from ..data.sampling import evenly_spaced
     from ..models.checksums import write_checksums
     from ..selection.linear_maps import change_by_replacement, fit_linear_maps
 
-    options = {"calibration_size": arguments.calibration_size, "batch_size": arguments.batch_size,
-               "autocast_dtype": arguments.autocast}  # fmt: skip
+    fitted = evenly_spaced(len(images), arguments.calibration_size)
+    others = sorted(set(range(len(images))) - set(fitted)) or fitted
+    options = {"batch_size": arguments.batch_size, "autocast_dtype": arguments.autocast}
     thinner = copy.deepcopy(model).eval()
-    thinner.replace_attention(fit_linear_maps(model.eval(), images, selection.layers, **options))
-    change = change_by_replacement(model, thinner, images, **options)
+    thinner.replace_attention(fit_linear_maps(model, Subset(images, fitted), selection.layers, **options))
+    compared = Subset(images, others)
+    change = change_by_replacement(model, thinner, compared, calibration_size=arguments.calibration_size, **options)
     if is_main_process:
         folder = arguments.output_dir / "model"
         thinner.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_checksums(folder)
-        print(f"with linear maps, before any training: {_change_text(change)}; the model is in {folder}")
+        which = "the same" if others is fitted else "other"
+        print(f"with linear maps, before any training, on {which} images: {_change_text(change)}")
+        new_head = "; its class head is new: train it" if model.newly_initialized_head else ""
+        print(f"the model is in {folder}{new_head}")
 
 
 def next_command(arguments: argparse.Namespace, selection) -> str:

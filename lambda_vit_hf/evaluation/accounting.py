@@ -45,7 +45,7 @@ def count_parameters(model) -> int:
 
 def summarize(model) -> str:
     """
-    A table of a Lambda model's layers: kept, diluting (with lambda), off, removed, a linear map; parameters and MACs.
+    A table of a Lambda model's layers: kept, diluting (with lambda), off, removed or mapped; parameters and MACs.
 
     Example:
 
@@ -65,19 +65,16 @@ def summarize(model) -> str:
     lines = [f"{'layer':>5}  {'attention':<18} {'parameters':>12}"]
     for index, layer in enumerate(model.encoder_layers):
         state = layer.attention_state
-        if layer.attention_map is not None:
-            state = "linear map"
-        elif state == "diluting":
+        if state == "diluting":
             state = f"diluting {layer.attention_lambda.item():.3f}"
         lines.append(f"{index:>5}  {state:<18} {count_parameters(layer):>12,}")
     states = [layer.attention_state for layer in model.encoder_layers]
-    num_maps = sum(layer.attention_map is not None for layer in model.encoder_layers)
     counts = {
         "kept": states.count("kept"),
         "diluting": states.count("diluting"),
         "off": states.count("off"),
-        "removed": states.count("removed") + states.count("folded") - num_maps,
-        "linear maps": num_maps,
+        "removed": states.count("removed") + states.count("folded"),
+        "mapped": states.count("mapped"),
     }
     num_labels = model.config.num_labels if model.has_class_head else 0
     lines.append(

@@ -32,7 +32,8 @@ class CurvePoint:
         divergence: of the class probabilities from the whole model's, KL in nats, the mean over the images; without a
             class head 1 - cosine of the features.
         agreement: share of images, in [0, 1], that get the whole model's class; `None` without a class head.
-        parameters, macs: of the model, and multiply-accumulates for an image; `None` of strategies compared with.
+        parameters, macs: of the model, and multiply-accumulates for an image, in a model with linear maps with as many
+            more; `None` of strategies compared with.
         images_per_second: measured in turns; `None` where it was not.
     """
 
@@ -173,9 +174,12 @@ def _with_size(model: LambdaPreTrainedModel, point: CurvePoint) -> CurvePoint:
     config = copy.deepcopy(model.config)
     config.attention_flags = [flag and i not in point.layers for i, flag in enumerate(config.attention_flags)]
     gone = [p for layer in point.layers for p in model.encoder_layers[layer].attention_parameters()]
+    # Where linear maps are, more layers can only be replaced by more of them: `count_macs` counts them, too.
+    width = config.hidden_size
+    of_maps = len(point.layers) * (2 * width**2 + width) if config.fade_to == "linear" else 0
     return dataclasses.replace(
         point,
-        parameters=count_parameters(model) - sum(parameter.numel() for parameter in gone),
+        parameters=count_parameters(model) - sum(parameter.numel() for parameter in gone) + of_maps,
         macs=count_macs(config, config.num_labels if model.has_class_head else 0),
     )
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from ..evaluation.accounting import count_macs, count_parameters
 from ..evaluation.classifier import load_classifier
-from ..models.attention_map import LinearMap
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModelForImageClassification
+from ..models.mapped_attention import LinearMap
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
 from .onnx import TensorsOnly, export_onnx, exported_program, quantize_onnx
 from .reference_models import as_timm_vit, as_transformers_model, transformers_class
@@ -253,9 +253,9 @@ def _build_model(
             model.remove_attention(list(setup.removed_layers))
             function = f"{source} removed"
     if "mapped" in steps:
-        width = model.config.hidden_size  # what the maps hold does not matter for speed
-        nothing = LinearMap(torch.zeros(width, width), torch.zeros(width, width), torch.zeros(width))
-        model.replace_attention(dict.fromkeys(setup.removed_layers, nothing))
+        width, generator = model.config.hidden_size, torch.Generator().manual_seed(0)  # for speed: maps of any values
+        weights = 0.02 * torch.randn(2, width, width, generator=generator)
+        model.replace_attention(dict.fromkeys(setup.removed_layers, LinearMap(*weights, torch.zeros(width))))
         function = None
     if "folded" in steps:
         model.fold_removed_attention()

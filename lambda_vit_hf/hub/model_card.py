@@ -47,7 +47,7 @@ def _selection_text(facts: ModelCardFacts) -> str:
     if facts.linear_maps:
         return (
             f"A linear map of each token and of the mean of all took the place of the attention of layers"
-            f" {facts.linear_maps} (0-based) before this training. It was fitted in closed form."
+            f" {facts.linear_maps} (0-based) before this training."
         )
     if not selection.steps:
         chosen = _code(selection.strategy)
@@ -67,7 +67,7 @@ def _changes_table(facts: ModelCardFacts) -> str:
     if not changes:
         return ""
     is_of_classes = changes[0].agreement is not None
-    header = ["layers", "the last of them", *(["KL (nats)", "same class"] if is_of_classes else ["1 - cosine"])]
+    header = ["masked", "last added", *(["KL (nats)", "same class"] if is_of_classes else ["1 - cosine"])]
     rows = [
         [number, layer, f"{change.divergence:.3f}", *([f"{100 * change.agreement:.1f} %"] if is_of_classes else [])]
         for number, (layer, change) in enumerate(zip(order, changes, strict=True), 1)

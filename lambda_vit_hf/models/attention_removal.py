@@ -5,9 +5,9 @@ Source: Lin et al., "MLP Can Be A Good Transformer Learner", CVPR 2024 (arXiv 24
 
 from torch import nn
 
-from .attention_map import LinearMap
-from .configuration_removal import FADES
+from .configuration_removal import FADES, ONLY_REPLACED
 from .folding import centred_exponent, check_layer_indices, fold_encoder_, folded_layer_norm_eps, residual_scales
+from .mapped_attention import LinearMap
 
 
 class AttentionRemovalMixin:
@@ -90,7 +90,7 @@ class AttentionRemovalMixin:
         """
         self._check_not_prepared()
         if self.config.fade_to == "linear" and len(layers):
-            raise ValueError("In this model linear maps stand in the place of attention: use `replace_attention`.")
+            raise ValueError(ONLY_REPLACED)
         layers = self._check_attention_exists(layers)
         flags = self._flags_without(layers)
         if self.config.fold_removed:
@@ -102,31 +102,33 @@ class AttentionRemovalMixin:
 
     def replace_attention(self, maps: dict[int, LinearMap]) -> None:
         """
-        Put a linear map in the place of the attention of some layers, see [`AttentionMap`], and record it in the
+        Put a linear map in the place of the attention of some layers, see [`MappedAttention`], and record it in the
         config. [`fit_linear_maps`] finds the maps. The model can be used at once, and trained like any other; call it
         on the unwrapped model, before an optimizer is made.
 
         Args:
-            maps (`dict[int, LinearMap]`): of 0-based layers that still have attention.
+            maps (`dict[int, LinearMap]`): of 0-based layers that still have attention. Their parameters can be
+                trained, also in a frozen model.
 
         Raises:
-            ValueError: if a layer is unknown or already removed, no attention would be left, attention of other layers
-                faded or was removed in another way, or a map has another shape or holds NaN or infinity. The model is
-                unchanged then.
+            ValueError: if a layer is unknown or already removed, no attention would be left, or none for
+                `token_merging_start`; if attention of other layers fades, or was removed in another way; if a map has
+                another shape, or holds NaN or infinity in the model's dtype. The model is unchanged then.
         """
         width = self.config.hidden_size
         shapes = [(width, width), (width, width), (width,)]
+        flags = self.check_replacement(list(maps))
         for index, values in maps.items():
             if [tuple(value.shape) for value in values] != shapes:
                 raise ValueError(
                     f"The map of layer {index} must be of shapes {shapes}, got {[tuple(v.shape) for v in values]}."
                 )
-            if not all(value.isfinite().all() for value in values):
-                raise ValueError(f"The map of layer {index} holds NaN or infinity.")
-        flags = self.check_replacement(list(maps))
+            dtype = self.encoder_layers[index].stream_norms()[-1].weight.dtype
+            if not all(value.to(dtype).isfinite().all() for value in values):
+                raise ValueError(f"The map of layer {index} holds NaN or infinity in {dtype}.")
         for index, values in maps.items():
             self.encoder_layers[index].drop_attention(with_map=True)
-            self.encoder_layers[index].attention_map.set(values)
+            self.encoder_layers[index].mapped_attention.set(LinearMap(*values))
         if maps:
             self.config.fade_to, self.config.attention_flags = "linear", flags
 
@@ -135,9 +137,23 @@ class AttentionRemovalMixin:
         self._check_not_prepared()
         layers = self._check_attention_exists(layers)
         diluting = [index for index, value in enumerate(self.attention_lambdas) if value not in (None, 1.0)]
-        if diluting or (layers and self.config.fade_to != "linear"):
+        if diluting:
+            raise ValueError(
+                f"The attention of layers {diluting} fades (lambda is not 1): set lambda back to 1 first."
+            )
+        if layers and self.config.fade_to != "linear":
             self._check_nothing_is_gone("linear")
         return self._flags_without(layers)
+
+    def _check_maps(self) -> None:
+        """ValueError where `config.fade_to` was edited by hand, and no longer says what is in the place of attention."""
+        mapped = [index for index, layer in enumerate(self.encoder_layers) if layer.mapped_attention is not None]
+        expected = self.config.removed_layers if self.config.fade_to == "linear" else []
+        if mapped != expected:
+            raise ValueError(
+                f"`config.fade_to` is {self.config.fade_to!r}, but linear maps are in layers {mapped}. Use"
+                " `replace_attention` and `set_fade_to` instead of editing the config."
+            )
 
     def _flags_without(self, layers: list[int]) -> list[bool]:
         """`attention_flags` once these layers are gone; ValueError if the model could not be used then."""
@@ -162,6 +178,7 @@ class AttentionRemovalMixin:
                 where weights must be divided. The model is unchanged then.
         """
         self._check_not_prepared()
+        self._check_maps()
         if not self.config.fold_removed and self.config.fade_to == "identity":
             self._fold(self.config.attention_flags)
             self._set_epsilons()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .attention import attend, project
-from .attention_map import AttentionMap
+from .mapped_attention import MappedAttention
 from .token_merging import TokenFlow, merge_tokens, proportional_attention
 
 
@@ -59,7 +59,7 @@ class RemovableAttention:
       attention is not computed. The buffer is the only place that knows lambda.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
       LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model or after "skip".
-      With `config.fade_to` `"linear"` an [`AttentionMap`] is there, `x = x + W n + V mean(n) + b`.
+      With `config.fade_to` `"linear"` an [`MappedAttention`] is there, `x = x + W n + V mean(n) + b`.
     - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
 
     Args:
@@ -73,7 +73,7 @@ class RemovableAttention:
         super().__init__(config)
         self.config, self.layer_index = config, layer_index
         self.register_buffer("attention_lambda", torch.ones(()))
-        self.attention_map: AttentionMap | None = None
+        self.mapped_attention: MappedAttention | None = None
         self._noted: tuple[torch.Tensor | None, int, str] = (None, 0, "kept")
         if not config.attention_flags[layer_index]:
             self.drop_attention(with_map=config.fade_to == "linear")
@@ -94,8 +94,8 @@ class RemovableAttention:
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
         """First half of the block: attention, or what is in its place. `(batch, tokens, hidden)`."""
-        if self.attention_map is not None:
-            return hidden_states + self._scale_and_drop(self.attention_map(hidden_states), "attention_scale")
+        if self.mapped_attention is not None:
+            return hidden_states + self._scale_and_drop(self.mapped_attention(hidden_states), "attention_scale")
         state = self.attention_state
         if state in ("off", "removed", "folded"):
             if state == "off":
@@ -128,10 +128,10 @@ class RemovableAttention:
         """`mix_tokens`, then merging; or only the class token from here on."""
         index, sizes = self.layer_index, flow.sizes.get(self.layer_index)
         flow.sizes[index + 1] = sizes
-        if self.attention_map is not None:
+        if self.mapped_attention is not None:
             only_class_token = flow.class_token_from == index
             branch = self._scale_and_drop(
-                self.attention_map(hidden_states, sizes, only_class_token), "attention_scale"
+                self.mapped_attention(hidden_states, sizes, only_class_token), "attention_scale"
             )
             return (hidden_states[:, :1] if only_class_token else hidden_states) + branch
         state = self.attention_state
@@ -181,9 +181,11 @@ class RemovableAttention:
     @property
     def attention_state(self) -> str:
         """
-        `"kept"` (lambda = 1), `"diluting"` or `"off"` (lambda = 0); without attention `"removed"`, or `"folded"` where
-        the doubling is in the weights.
+        `"kept"` (lambda = 1), `"diluting"` or `"off"` (lambda = 0); without attention `"removed"`, `"folded"` where
+        the doubling is in the weights, or `"mapped"` where a linear map is in its place.
         """
+        if self.mapped_attention is not None:
+            return "mapped"
         if not self.has_attention:
             return "folded" if self.config.fold_removed else "removed"
         buffer = self.attention_lambda
@@ -213,8 +215,8 @@ class RemovableAttention:
         self.attention_lambda = None
         if with_map:
             like = self.stream_norms()[-1].weight
-            self.attention_map = AttentionMap(self.config.hidden_size, self.config.layer_norm_eps)
-            self.attention_map.to(like.device, like.dtype)
+            self.mapped_attention = MappedAttention(self.config.hidden_size, self.config.layer_norm_eps)
+            self.mapped_attention.to(like.device, like.dtype)
 
     def attention_parameters(self) -> list[nn.Parameter]:
         """Parameters that go when this layer's attention is removed: of attention, LayerNorm and LayerScale."""

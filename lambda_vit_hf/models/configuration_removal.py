@@ -13,6 +13,10 @@ from transformers.backbone_utils import BackboneConfigMixin
 STAGE_ARGUMENTS = ("out_features", "out_indices")
 FADES = ("identity", "skip")
 _IN_PLACE_OF_ATTENTION = (*FADES, "linear")
+ONLY_REPLACED = (
+    "With `fade_to='linear'` attention is not removed, but replaced: fit maps with `fit_linear_maps`, then call"
+    " `model.replace_attention`."
+)
 _ATTENTION_ARGUMENTS = ("attn_implementation", "_attn_implementation")
 # Far beyond every published vision transformer: a damaged file must not take minutes to be refused.
 _LARGEST = {"num_hidden_layers": 1_000, "hidden_size": 100_000, "intermediate_size": 1_000_000, "num_channels": 10_000}
@@ -90,12 +94,15 @@ class RemovalConfigMixin:
 
     def as_per_layer_config(self) -> dict[str, dict]:
         """
-        The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer.
+        The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer. ValueError where linear
+        maps are in their place, which transformers has no word for.
 
         It is not written into config.json: transformers 5.24 takes a config that has it apart, layer by layer, though
         no vision model there reads it. True of a folded model, and with `fade_to="skip"`; else a removed layer doubles
         its input.
         """
+        if self.fade_to == "linear":
+            raise ValueError("transformers has no word for linear maps in the place of attention.")
         return {str(layer): {"skip": ["attention"]} for layer in self.removed_layers}
 
     def token_merging_schedule(self, attending: list[int] | None = None) -> list[int]:

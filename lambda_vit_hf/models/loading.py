@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .configuration_removal import RemovalConfigMixin, check_fade
+from .configuration_removal import ONLY_REPLACED, RemovalConfigMixin, check_fade
 from .finite import not_finite
 from .folding import check_layer_indices
 
@@ -94,6 +94,8 @@ def removal_to_do(
     missing = sorted(set(stored.removed_layers) - set(goal.removed_layers))
     if missing:
         raise ValueError(f"`attention_flags` asks for attention in layers {missing}, which the checkpoint has not.")
+    if goal.fade_to == "linear" and goal.removed_layers != stored.removed_layers:
+        raise ValueError(ONLY_REPLACED)
     if stored.fold_removed and stored.removed_layers and fold_removed is False:
         raise ValueError("The checkpoint is folded; it cannot be loaded with `fold_removed=False`.")
     return {"layers": sorted(set(goal.removed_layers) - set(stored.removed_layers)), "fold_removed": fold_removed}

@@ -237,7 +237,8 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         file, or parts) are deleted afterwards, and so is `SHA256SUMS`: whoever finishes the folder lists it anew.
 
         Raises:
-            ValueError: if `config.attention_flags` was edited by hand and no longer describes the model.
+            ValueError: if `config.attention_flags` or `config.fade_to` was edited by hand and no longer describes the
+                model.
         """
         flags = [layer.has_attention for layer in self.encoder_layers]
         if flags != self.config.attention_flags:
@@ -245,6 +246,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
                 f"`config.attention_flags` is {self.config.attention_flags}, but attention exists in {flags}."
                 " Use `remove_attention` instead of editing the config."
             )
+        self._check_maps()
         vars(self.config).pop(_NEW_HEAD, None)
         if self.newly_initialized_head:  # so that who loads it knows, too
             setattr(self.config, _NEW_HEAD, True)

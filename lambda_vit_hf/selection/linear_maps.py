@@ -5,19 +5,23 @@ least squares over the calibration images. TOAST (arXiv 2410.04941) does so with
 """
 
 import copy
+import logging
 from collections.abc import Iterable
 
 import torch
 from tqdm.auto import tqdm
 
-from ..models.attention_map import AttentionMap, LinearMap
+from ..models.mapped_attention import LinearMap, MappedAttention
 from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
 from .calibration_passes import CalibrationPasses
 from .checks import check_model
 from .output_change import OutputChange, sum_of_changes
 from .processes import fail_together, gather, rank_and_num_processes
+from .select import in_eval_mode
 
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1e-3  # of the mean square of the inputs: images are few, and neighbouring tokens alike
 
@@ -41,7 +45,8 @@ def fit_linear_maps(
 
     Args:
         model ([`LambdaPreTrainedModel`]): the trained model.
-        calibration: images, in any form that [`CalibrationBatches`] takes; a few hundred training images will do.
+        calibration: training images, in any form that [`CalibrationBatches`] takes: two for each channel of the model's
+            width, or more; of fewer it warns.
         layers (`Iterable[int]`): 0-based layers that have attention.
         image_processor (*optional*): of Hugging Face, where `calibration` holds pictures.
         calibration_size (`int`, *optional*): take this many images, evenly spaced; by default all.
@@ -68,13 +73,18 @@ def fit_linear_maps(
     layers = list(layers)
     model.check_replacement(layers)
     thinner, maps = copy.deepcopy(model).eval(), {}
-    is_first = rank_and_num_processes()[0] == 0
+    is_first, needed = rank_and_num_processes()[0] == 0, 2 * model.config.hidden_size
     with (
         fail_together(),
         torch.no_grad(),
         tqdm(unit="image", leave=False, disable=disable_tqdm or not is_first) as bar,
     ):
         batches = CalibrationBatches(calibration, batch_size, image_processor, size=calibration_size, bar=bar)
+        if is_first and batches.num_images < needed:
+            logger.warning(
+                "%d images are few for maps of a width of %d: they fit these images better than others. Take %d.",
+                batches.num_images, model.config.hidden_size, needed,
+            )  # fmt: skip
         bar.reset(total=batches.num_own_images * len(layers))
         passes = CalibrationPasses(thinner, batches, bar, autocast_dtype)
         for layer in sorted(layers):
@@ -92,7 +102,7 @@ def _fit(passes: CalibrationPasses, index: int) -> LinearMap:
     more than those of `n` alone.
     """
     model, width = passes.model, passes.model.config.hidden_size
-    probe = AttentionMap(width, model.config.layer_norm_eps)
+    probe = MappedAttention(width, model.config.layer_norm_eps)
     of_tokens, of_means = torch.zeros(2, width, 2 * width, dtype=torch.float64)
     totals, count = torch.zeros(2 * width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
@@ -131,11 +141,12 @@ def change_by_replacement(
 ) -> OutputChange:
     """
     How far the output of a model with linear maps is from that of the whole one: of the class probabilities, or of the
-    features where there is no trained class head. The arguments are those of [`fit_linear_maps`].
+    features where there is no trained class head. Take other images than those that the maps were fitted on. The other
+    arguments are those of [`fit_linear_maps`]. As there, all tokens are computed, also where the model merges some.
     """
     of_classes = whole.has_class_head and not whole.newly_initialized_head
     output, sums = "class_head" if of_classes else "class_token", torch.zeros(2, dtype=torch.float64)
-    with fail_together(), torch.no_grad():
+    with fail_together(), torch.no_grad(), in_eval_mode(whole), in_eval_mode(thinner):
         batches = CalibrationBatches(calibration, batch_size, image_processor, size=calibration_size)
         passes = CalibrationPasses(whole, batches, tqdm(disable=True), autocast_dtype)
 

@@ -91,11 +91,12 @@ def select_attention_layers(
             calibration, config.batch_size, image_processor, NUM_FOLDS, config.calibration_size, bar
         )
         # One pass for the entropies of the layers, those of the strategy (of a function nobody knows how many), and
-        # one for what its layers change.
-        passes_of = dict.fromkeys(("nose", "beam", "divergence"), count)
+        # one for what its layers change, which `divergence` has measured.
+        passes_of = {"nose": count, "beam": count, "divergence": count - 1}
+        passes_of |= dict.fromkeys(("first", "last", "random", "lowest_entropy", "weight_entropy"), 0)
         number = float("inf") if callable(config.strategy) else 2 + passes_of.get(config.strategy, 1) + pairs
         bar.reset(total=batches.num_own_images * number)
-        with _in_eval_mode(model):
+        with in_eval_mode(model):
             passes = CalibrationPasses(model, batches, bar, config.autocast_dtype)
             found = _search(AttentionSearch(passes, count, config), config, pairs)
     if is_first:
@@ -143,7 +144,8 @@ def _renamed(old_name: str, old, new_name: str, new):
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model) -> Iterator[None]:
+def in_eval_mode(model) -> Iterator[None]:
+    """Evaluation mode, module by module, for as long as it lasts."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -75,6 +75,11 @@ class LambdaViTTrainerMixin:
                 f"{resume_from_checkpoint} has no attention in layers {theirs}, this model has none in {mine}: load"
                 " the model from the checkpoint, then resume."
             )
+        if mine and self.model.config.fade_to != stored.fade_to:
+            raise ValueError(
+                f"In {resume_from_checkpoint} the place of attention has {stored.fade_to!r}, in this model"
+                f" {self.model.config.fade_to!r}: load the model from the checkpoint, then resume."
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

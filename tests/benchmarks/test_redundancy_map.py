@@ -45,13 +45,14 @@ def test_without_pairs_there_is_no_picture(tmp_path, digits_vit, capsys):
 def test_layers_are_chosen_for_their_maps(model):
     images = torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        whole = model(images).logits.double().softmax(-1)
+        whole = model(images[1::2]).logits.double().softmax(-1)
     wanted = []
     for _ in range(2):
         changes = {}
         for layer in set(range(6)) - set(wanted):
             with torch.no_grad():
-                masked = with_linear_maps(model, images, [*wanted, layer])(images).logits.double().softmax(-1)
+                masked = with_linear_maps(model, images[::2], [*wanted, layer])(images[1::2]).logits
+            masked = masked.double().softmax(-1)
             changes[layer] = (whole * (whole / masked).log()).sum().item()
         wanted.append(min(changes, key=changes.get))
     assert choose_for_linear_maps(model, images, 2) == wanted

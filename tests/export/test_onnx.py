@@ -23,7 +23,7 @@ from lambda_vit_hf.export.onnx import (
     quantize_onnx,
 )
 from lambda_vit_hf.export.variants import _run_openvino, run_session
-from lambda_vit_hf.models.attention_map import LinearMap
+from lambda_vit_hf.models.mapped_attention import LinearMap
 from tests.conftest import TINY, perturb
 
 

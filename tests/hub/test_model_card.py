@@ -277,7 +277,7 @@ def test_the_card_tells_what_each_number_of_layers_changes(facts, selection, tmp
     selection.changes = [OutputChange(0.0125, 0.98), OutputChange(0.25, 0.755)]
     _, text = parts(tmp_path, facts(rows={}, training={}))
     assert table_cells(text)[-4:] == [
-        ["layers", "the last of them", "KL (nats)", "same class"], ["---"] * 4,
+        ["masked", "last added", "KL (nats)", "same class"], ["---"] * 4,
         ["1", "2", "0.013", "98.0 %"], ["2", "0", "0.250", "75.5 %"],
     ]  # fmt: skip
     selection.config = SelectionConfig(output="class_token")

@@ -15,9 +15,9 @@ from lambda_vit_hf import (
 
 
 CODE = [
-    "attention.py", "attention_map.py", "attention_removal.py", "blocks.py", "checksums.py",
-    "configuration_lambda_vit.py", "configuration_removal.py", "features.py", "finite.py", "folding.py",
-    "image_size.py", "inference.py", "loading.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
+    "attention.py", "attention_removal.py", "blocks.py", "checksums.py", "configuration_lambda_vit.py",
+    "configuration_removal.py", "features.py", "finite.py", "folding.py", "image_size.py", "inference.py",
+    "loading.py", "mapped_attention.py", "modeling_lambda_vit.py", "pretrained_model.py", "token_merging.py",
 ]  # fmt: skip
 
 

@@ -1,15 +1,16 @@
 """Linear maps in the place of attention: the least squares they claim to be, and models that keep them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch.nn import functional
 
-from lambda_vit_hf import AutoLambdaModel, LambdaViTForImageClassification, fit_linear_maps, summarize
+from lambda_vit_hf import AutoLambdaModel, LambdaViTForImageClassification, fit_linear_maps, removal_curve, summarize
 from lambda_vit_hf.evaluation.accounting import count_macs
-from lambda_vit_hf.models.attention_map import LinearMap
-from lambda_vit_hf.selection.linear_maps import RIDGE
+from lambda_vit_hf.models.mapped_attention import LinearMap
+from lambda_vit_hf.selection.linear_maps import RIDGE, change_by_replacement
 from tests.conftest import in_two_processes, perturb
 from tests.selection.test_families import IMAGES
 from tests.selection.test_families import model as family  # noqa: F401
@@ -57,7 +58,7 @@ def test_attention_that_looks_at_all_tokens_alike_is_replaced_without_loss(model
     whole = model(images).logits
     model.replace_attention(fit_linear_maps(model, images, [2], disable_tqdm=True))
     torch.testing.assert_close(model(images).logits, whole, rtol=1e-3, atol=1e-3)
-    layer.attention_map.mean_proj.weight.zero_()
+    layer.mapped_attention.mean_proj.weight.zero_()
     assert (model(images).logits - whole).abs().max() > 1e-2
 
 
@@ -74,28 +75,42 @@ def test_a_map_is_nearer_to_attention_than_nothing_is(model, images):
 @torch.no_grad()
 def test_every_family_saves_loads_merges_and_serves_them(family, tmp_path):  # noqa: F811
     before = {name: value.clone() for name, value in family.state_dict().items()}
-    maps = fit_linear_maps(family, IMAGES, [1, 4], disable_tqdm=True)
+    maps = fit_linear_maps(family, IMAGES, [1, 5], disable_tqdm=True)  # 5 is the last
     assert all(torch.equal(value, before[name]) for name, value in family.state_dict().items()), "left as it was"
     family.replace_attention(maps)
     family.save_pretrained(tmp_path / "thinner")
     loaded = type(family).from_pretrained(tmp_path / "thinner").eval()
     loaded.newly_initialized_head = False
-    assert (loaded.config.fade_to, loaded.config.removed_layers) == ("linear", [1, 4])
+    assert (loaded.config.fade_to, loaded.config.removed_layers) == ("linear", [1, 5])
     expected = family(IMAGES).to_tuple()[0]
     assert torch.equal(loaded(IMAGES).to_tuple()[0], expected)
     again = fit_linear_maps(loaded, IMAGES, [0], disable_tqdm=True)
     torch.testing.assert_close(loaded.prepare_for_inference()(IMAGES).to_tuple()[0], expected, rtol=1e-4, atol=1e-4)
     family.replace_attention(again)
-    assert family.config.removed_layers == [0, 1, 4]
+    assert family.config.removed_layers == [0, 1, 5]
 
 
 @torch.no_grad()
-def test_half_precision_and_merged_tokens(model, images):
+def test_half_precision(model, images):
     model.replace_attention(fit_linear_maps(model, images, [1, 4], disable_tqdm=True))
     in_bfloat16 = copy.deepcopy(model).bfloat16()(images.bfloat16()).logits.float()
     torch.testing.assert_close(in_bfloat16, model(images).logits, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_merged_token_counts_as_often_as_it_stands_for(model, images):
+    model.replace_attention(fit_linear_maps(model, images, [2], disable_tqdm=True))
+    mapped, tokens = model.encoder_layers[2].mapped_attention, torch.randn(2, 4, 32)
+    sizes = torch.tensor([1.0, 1.0, 3.0, 1.0]).reshape(1, 4, 1).expand(2, 4, 1)
+    repeated = tokens[:, [0, 1, 2, 2, 2, 3]]
+    torch.testing.assert_close(mapped(tokens, sizes), mapped(repeated)[:, [0, 1, 2, 5]])
+    given = []
+    mapped.register_forward_pre_hook(lambda module, args: given.append(args))
     model.set_token_merging(2)
-    assert model(images).logits.isfinite().all()
+    model(images)
+    ((hidden_states, merged, only_first),) = given
+    assert hidden_states.shape[1] == merged.shape[1] == 17 - 4 and merged.sum(1).unique().tolist() == [17.0]
+    assert not only_first
 
 
 def test_a_replaced_model_trains_in_its_maps(model, images):
@@ -113,7 +128,7 @@ def test_what_a_map_costs(model, images):
     assert count_macs(model.config) - count_macs(skipped.config) == 2 * (17 + 1) * width**2 < whole
     added = model.num_parameters() - skipped.num_parameters()
     assert added == 2 * (2 * width**2 + width)
-    assert "1  linear map" in summarize(model) and "4 kept, 2 linear maps" in summarize(model)
+    assert "1  mapped" in summarize(model) and "4 kept, 2 mapped" in summarize(model)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +138,7 @@ def test_what_a_map_costs(model, images):
         (lambda model: model.set_attention_lambda(0.5, [3]), [1], "half-way diluted"),
         (lambda model: model.prepare_for_inference(), [1], "prepared for inference"),
         (lambda model: model.set_token_merging(1, 5), [1], "token_merging_start"),
-        (lambda model: None, [6], "6"),
+        (lambda model: None, [6], "layers 0 to 5"),
         (lambda model: None, [1, 1], "more than once"),
         (lambda model: None, range(6), "no attention at all"),
     ],
@@ -136,14 +151,18 @@ def test_what_cannot_be_replaced_is_refused_before_it_is_measured(model, images,
     assert not asked
 
 
-@pytest.mark.parametrize("broken", ["weight", "bias", "nan"])
+@pytest.mark.parametrize("broken", ["weight", "bias", "nan", "parts", "float16"])
 def test_a_map_of_another_shape_or_of_no_numbers_is_refused(model, images, broken):
     weight, bias = torch.zeros(32, 32), torch.zeros(32)
     maps = {
         "weight": LinearMap(weight, weight[:31], bias),
         "bias": LinearMap(weight, weight, bias[:31]),
         "nan": LinearMap(weight * float("nan"), weight, bias),
+        "parts": (weight, bias),
+        "float16": (weight, weight + 1e6, bias),
     }
+    if broken == "float16":
+        model.half()
     state = model.state_dict().keys()
     with pytest.raises(ValueError, match="The map of layer 1"):
         model.replace_attention({1: maps[broken]})
@@ -154,24 +173,61 @@ def test_attention_cannot_fade_to_a_map_nor_be_removed_beside_one(model, images,
     with pytest.raises(ValueError, match="must be one of"):
         model.set_fade_to("linear")
     model.replace_attention(fit_linear_maps(model, images, [1], disable_tqdm=True))
-    with pytest.raises(ValueError, match="use `replace_attention`"):
+    with pytest.raises(ValueError, match="not removed, but replaced"):
         model.remove_attention([2])
     with pytest.raises(ValueError, match="Remove all layers in one way"):
         model.set_fade_to("skip")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another function"):
         LambdaViTForImageClassification.from_pretrained(tmp_path, fade_to="skip")
-    with pytest.raises(ValueError, match="use `replace_attention`"):
+    with pytest.raises(ValueError, match="not removed, but replaced"):
         LambdaViTForImageClassification.from_pretrained(tmp_path, removed_layers=[2])
 
 
 def test_a_file_without_its_maps_is_refused(model, tmp_path):
     model.set_fade_to("skip")
     model.remove_attention([1])
-    model.config.fade_to = "linear"
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="attention_map"):
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "fade_to": "linear"}))
+    with pytest.raises(ValueError, match="mapped_attention"):
         AutoLambdaModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("edited", ["skip", "identity"])
+def test_an_edited_config_is_neither_saved_nor_folded(model, tmp_path, edited):
+    model.replace_attention({1: (torch.zeros(32, 32), torch.zeros(32, 32), torch.zeros(32))})
+    model.config.fade_to = edited
+    for use in (lambda: model.save_pretrained(tmp_path), model.fold_removed_attention):
+        with pytest.raises(ValueError, match="instead of editing the config"):
+            use()
+
+
+def test_what_maps_change_is_measured_in_eval_mode_on_any_images(model, images):
+    thinner = copy.deepcopy(model)
+    thinner.replace_attention(fit_linear_maps(model, images[::2], [1, 4], disable_tqdm=True))
+    with torch.no_grad():
+        whole, masked = (one(images[1::2]).logits.double().log_softmax(-1) for one in (model, thinner))
+    model.config.hidden_dropout_prob = 0.5
+    model.train()
+    change = change_by_replacement(model, thinner.train(), images[1::2], batch_size=7)
+    assert change.divergence == pytest.approx((whole.exp() * (whole - masked)).sum(-1).mean().item(), rel=1e-4)
+    assert change.agreement == (whole.argmax(-1) == masked.argmax(-1)).double().mean().item()
+    assert model.training and thinner.training
+
+
+def test_few_images_are_said(model, images, caplog):
+    fit_linear_maps(model, images, [1], disable_tqdm=True)
+    assert "40 images are few for maps of a width of 32" in caplog.text and "Take 64." in caplog.text
+
+
+def test_a_curve_of_a_model_with_maps_counts_more_of_them(model, images):
+    zeros = torch.zeros(32, 32)
+    model.replace_attention({1: (zeros, zeros, zeros[0])})
+    curve = removal_curve(model, images, compare_with=(), disable_tqdm=True)
+    point = curve.points[1]
+    model.replace_attention({point.layers[0]: (zeros, zeros, zeros[0])})
+    assert (point.parameters, point.macs) == (model.num_parameters(), count_macs(model.config))
 
 
 def maps_of_process(folder, rank=0):

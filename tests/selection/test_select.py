@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lambda_vit_hf import LambdaViTModel, select_attention_layers
 from lambda_vit_hf.selection.config import SelectionConfig
+from lambda_vit_hf.selection.strategies import STRATEGIES
 from tests.numpy_vit import entropy, masked_output
 
 
@@ -286,6 +287,19 @@ def test_there_is_one_progress_bar_for_a_search_and_none_if_it_is_disabled(model
     monkeypatch.setattr("lambda_vit_hf.selection.select.rank_and_num_processes", lambda: (1, 2))
     select_attention_layers(model, images, num_removed_layers=3)
     assert [disabled for disabled, _ in bars] == [False, True, True]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_the_progress_bar_fills_with_every_strategy(model, images, monkeypatch, strategy):
+    bars = []
+
+    def bar(*args, disable, **how):
+        bars.append(tqdm(*args, disable=False, file=io.StringIO(), **how))
+        return bars[-1]
+
+    monkeypatch.setattr("lambda_vit_hf.selection.select.tqdm", bar)
+    select_attention_layers(model, images, num_removed_layers=2, strategy=strategy)
+    assert bars[0].n == bars[0].total
 
 
 def test_parts_of_a_model_stay_in_the_mode_they_were_in(model, images):

@@ -11,7 +11,7 @@ from torch import nn
 
 class LinearMap(NamedTuple):
     """
-    What [`AttentionMap`] computes with.
+    What [`MappedAttention`] computes with.
 
     Attributes:
         token_weight, mean_weight: `(hidden, hidden)`, outputs first.
@@ -23,7 +23,7 @@ class LinearMap(NamedTuple):
     bias: torch.Tensor
 
 
-class AttentionMap(nn.Module):
+class MappedAttention(nn.Module):
     """
     `W n + V mean(n) + b`, where `n` is the stream behind a LayerNorm without weights and the mean is over the tokens:
     what attention adds to the stream, but for what a token finds in some tokens and not in others. `W` costs a quarter
