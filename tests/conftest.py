@@ -47,8 +47,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-def pytest_collection_finish(session):
-    # Each training ends with a full collection, which would walk through all that was imported: a fifth of the time.
+@pytest.fixture(scope="module", autouse=True)
+def imports_set_aside():
+    """Each training ends with full collections, which walk through what was imported unless it is set aside."""
     gc.collect()
     gc.freeze()
 
