@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf.training import callback
 from lambda_vit_hf.training.guards import OneModelInAllProcesses
 from lambda_vit_hf.training.trainer import ImageClassificationTrainer
 from tests.conftest import TINY, in_two_processes
@@ -154,6 +155,7 @@ REFUSED = {
 
 def train_with_trainer_in_two(vit: str, runs: str, rank: int) -> dict:
     """All of `TRAINER_RUNS`, whose weights go beside each output folder, and what became of `REFUSED`."""
+    callback.plot_layer_entropies = lambda selection, path: None  # the programs' trainings draw theirs
     for name, options in TRAINER_RUNS.items():
         state = train_with_trainer(vit, runs, 4, name, **options)
         save_file(state, weights_of(Path(runs, name), rank))
