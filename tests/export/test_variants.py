@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
+from lambda_vit_hf.export import variants
 from lambda_vit_hf.export.onnx import export_onnx
 from lambda_vit_hf.export.variants import BenchmarkSetup, build_variant, like_for_like, parse_variant, with_partners
 from tests.conftest import REMOVED, TINY, perturb
@@ -172,8 +173,10 @@ def test_openvino_says_where_a_cpu_has_no_bf16(shallow, monkeypatch):
     import openvino
 
     monkeypatch.setattr(openvino.Core, "get_property", lambda *args: ["FP32"])
-    with pytest.raises(ValueError, match="does not compute in bf16 on this CPU"):
-        build_variant("lambda+bf16+openvino", shallow)
+    with monkeypatch.context() as patch:
+        patch.setattr(variants, "export_onnx", lambda *_: pytest.fail("exported before it asked"))
+        with pytest.raises(ValueError, match="does not compute in bf16 on this CPU"):
+            build_variant("lambda+bf16+openvino", shallow)
     monkeypatch.setattr(openvino.Core, "get_property", lambda *args: ["FP32", "BF16"])
     variant = build_variant("lambda+bf16+openvino", shallow)
     assert (variant.precision, variant.dtype) == ("bf16", torch.float32)
