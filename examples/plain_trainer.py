@@ -32,7 +32,7 @@ def accuracy(prediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="outputs/plain_trainer")
-    parser.add_argument("--epochs", type=int, default=10, help="of each of the two trainings (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=10, help="of each of the two trainings (default: %(default)s)")
     options = parser.parse_args()
     set_seed(0)
 

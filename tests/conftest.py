@@ -1,13 +1,16 @@
 """Shared by all tests: offline, deterministic, small models whose weights are far from their initial values."""
 
+import copy
 import gc
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -44,8 +47,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-def pytest_collection_finish(session):
-    # Each training ends with a full collection, which would walk through all that was imported: a fifth of the time.
+@pytest.fixture(scope="module", autouse=True)
+def imports_set_aside():
+    """Each training ends with full collections, which walk through what was imported unless it is set aside."""
     gc.collect()
     gc.freeze()
 
@@ -85,10 +89,17 @@ multiprocessing.set_forkserver_preload(
 
 def in_a_new_process(function: Callable, *arguments) -> int:
     """The exit code of a process that has run `function(*arguments)`, a function of a module; below 0: of a signal."""
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_with_frozen_imports, args=(function, *arguments)
+    )
     process.start()
     process.join()
     return process.exitcode
+
+
+def _with_frozen_imports(function: Callable, *arguments):
+    gc.freeze()  # as above: a full collection takes a quarter of a second, and copies the memory of the server
+    return function(*arguments)
 
 
 def in_two_processes(function: Callable, *arguments) -> list:
@@ -109,30 +120,46 @@ def in_two_processes(function: Callable, *arguments) -> list:
 def _one_of_two(rank: int, function: Callable, arguments: tuple, folder: str, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    Path(folder, str(rank)).write_text(json.dumps(function(*arguments, rank)))
+    Path(folder, str(rank)).write_text(json.dumps(_with_frozen_imports(function, *arguments, rank)))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def vit() -> ViTForImageClassification:
-    """A tiny ViT of transformers with random weights."""
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """What the next three fixtures copy, for making it takes longer; and the random state after it was made."""
     torch.manual_seed(0)
-    return perturb(ViTForImageClassification(ViTConfig(**TINY)))
+    vit, folder = perturb(ViTForImageClassification(ViTConfig(**TINY))), tmp_path_factory.mktemp("made_once")
+    random_state = torch.get_rng_state()
+    vit.save_pretrained(folder)
+    return SimpleNamespace(
+        vit=vit,
+        random_state=random_state,
+        folder=folder,
+        model=LambdaViTForImageClassification.from_pretrained(folder),
+    )
 
 
 @pytest.fixture
-def vit_folder(vit, tmp_path):
+def vit(made_once) -> ViTForImageClassification:
+    """A tiny ViT of transformers with random weights."""
+    torch.set_rng_state(made_once.random_state)
+    return copy.deepcopy(made_once.vit)
+
+
+@pytest.fixture
+def vit_folder(vit, made_once, tmp_path):
     """That ViT, saved as transformers saves it by default (key names of transformers 4)."""
-    vit.save_pretrained(tmp_path / "vit")
-    return tmp_path / "vit"
+    return shutil.copytree(made_once.folder, tmp_path / "vit")
 
 
 @pytest.fixture
-def model(vit_folder) -> LambdaViTForImageClassification:
-    """That ViT as a LambdaViT, with all its attention."""
-    return LambdaViTForImageClassification.from_pretrained(vit_folder)
+def model(vit_folder, made_once) -> LambdaViTForImageClassification:
+    """That ViT as a LambdaViT loaded from its folder, with all its attention."""
+    model = copy.deepcopy(made_once.model)
+    model.name_or_path = model.config.name_or_path = str(vit_folder)
+    return model
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The one loader of images: digits, local folders, datasets of the Hub; whole, or as a stream."""
 
+import functools
 import glob
 import logging
 import math
@@ -39,6 +40,7 @@ def load_digits(seed: int = 0) -> dict[str, datasets.Dataset]:
     return _with_validation({"train": _all_digits()}, seed)
 
 
+@functools.cache
 def _all_digits() -> datasets.Dataset:
     from sklearn.datasets import load_digits as sklearn_digits
 

@@ -273,11 +273,12 @@ def _start_engine(variant: Variant, model: nn.Module, steps: list[str]) -> None:
     elif "exported" in steps:
         variant.run = exported_program(model, variant.images(2)).module()
     elif {"onnx", "openvino"} & set(steps):
+        core = _openvino_core(variant.precision) if "openvino" in steps else None
         variant.folder = tempfile.TemporaryDirectory()
         variant.file = path = Path(variant.folder.name) / "model.onnx"
         export_onnx(model, path, variant.images(2))
-        if "openvino" in steps:
-            variant.run, variant.device = _run_openvino(path, variant.precision), "cpu"
+        if core is not None:
+            variant.run, variant.device = _run_openvino(core, path, variant.precision), "cpu"
             return
         if "int8" in steps:
             variant.file, variant.function = path.with_name("int8.onnx"), None
@@ -324,7 +325,7 @@ def run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
-def _run_openvino(path: Path, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _openvino_core(precision: str):
     """
     Raises:
         ValueError: if this CPU does not compute in bf16.
@@ -334,6 +335,10 @@ def _run_openvino(path: Path, precision: str) -> Callable[[torch.Tensor], torch.
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise ValueError("OpenVINO does not compute in bf16 on this CPU: leave `bf16` out.")
+    return core
+
+
+def _run_openvino(core, path: Path, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
     options = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -146,7 +146,7 @@ class AttentionRemovalMixin:
         return self._flags_without(layers)
 
     def _check_maps(self) -> None:
-        """ValueError where `config.fade_to` was edited by hand, and no longer says what is in the place of attention."""
+        """ValueError where `config.fade_to` was edited by hand, and does not say what is in the place of attention."""
         mapped = [index for index, layer in enumerate(self.encoder_layers) if layer.mapped_attention is not None]
         expected = self.config.removed_layers if self.config.fade_to == "linear" else []
         if mapped != expected:

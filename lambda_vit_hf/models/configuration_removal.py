@@ -94,8 +94,8 @@ class RemovalConfigMixin:
 
     def as_per_layer_config(self) -> dict[str, dict]:
         """
-        The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer. ValueError where linear
-        maps are in their place, which transformers has no word for.
+        The removed layers in transformers' own words: `{"0": {"skip": ["attention"]}}`, by layer. ValueError where
+        linear maps are in their place, which transformers has no word for.
 
         It is not written into config.json: transformers 5.24 takes a config that has it apart, layer by layer, though
         no vision model there reads it. True of a folded model, and with `fade_to="skip"`; else a removed layer doubles

@@ -45,8 +45,8 @@ def fit_linear_maps(
 
     Args:
         model ([`LambdaPreTrainedModel`]): the trained model.
-        calibration: training images, in any form that [`CalibrationBatches`] takes: two for each channel of the model's
-            width, or more; of fewer it warns.
+        calibration: training images, in any form that [`CalibrationBatches`] takes: two for each channel of the
+            model's width, or more; of fewer it warns.
         layers (`Iterable[int]`): 0-based layers that have attention.
         image_processor (*optional*): of Hugging Face, where `calibration` holds pictures.
         calibration_size (`int`, *optional*): take this many images, evenly spaced; by default all.

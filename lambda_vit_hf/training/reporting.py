@@ -64,7 +64,8 @@ def write_report(
     plot_training(trainer.state.log_history, output_dir / "training.png", next(iter(base_scores.values())), score)
     if selection.mlp_entropy:
         pictures["entropy"] = "entropy.png"
-        plot_layer_entropies(selection, output_dir / "entropy.png")
+        if "pictures" not in removal.facts:  # else drawn when the layers were chosen
+            plot_layer_entropies(selection, output_dir / "entropy.png")
     rows = comparison_rows(metrics)
     environment = metrics["environment"]
     removal.write_card(

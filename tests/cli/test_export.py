@@ -1,24 +1,38 @@
 """`lambda-vit export`: what it writes, what it needs, what it refuses."""
 
 import pytest
+import torch
 from onnxruntime import InferenceSession
 from transformers import ViTImageProcessor
 
-from lambda_vit_hf import LambdaViTModel
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, LambdaViTModel
 from lambda_vit_hf.cli import export
+from tests.conftest import TINY, perturb
 
 
-def test_export_writes_the_folder_and_says_what_it_compared(folder, tmp_path, capsys):
-    export.main([str(folder), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2", "--fp16"])
+@pytest.fixture
+def shallow(tmp_path):
+    """A removed and folded model of fewer layers than elsewhere: exporting takes long."""
+    torch.manual_seed(0)
+    model = perturb(LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, "num_hidden_layers": 3})))
+    model.remove_attention([0])
+    model.fold_removed_attention()
+    model.save_pretrained(tmp_path / "shallow")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "shallow")
+    return tmp_path / "shallow"
+
+
+def test_export_writes_the_folder_and_says_what_it_compared(shallow, tmp_path, capsys):
+    export.main([str(shallow), "--output_dir", str(tmp_path / "served"), "--token_merging_r", "2", "--fp16"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in printed[:2]] == ["model.onnx", "model_fp16.onnx"]
     assert all("largest difference of a logit" in line for line in printed[:2])
     assert (tmp_path / "served" / "serve.py").is_file()
-    export.main([str(folder), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
+    export.main([str(shallow), "--output_dir", str(tmp_path / "program"), "--format", "torch_export"])
     assert (tmp_path / "program" / "model.pt2").is_file()
     for taken in (tmp_path / "served", tmp_path / "served" / "serve.py"):
         with pytest.raises(FileExistsError, match="not an empty folder"):
-            export.main([str(folder), "--output_dir", str(taken)])
+            export.main([str(shallow), "--output_dir", str(taken)])
 
 
 @pytest.mark.parametrize("option", ["--int8", "--fp16"])
@@ -27,8 +41,8 @@ def test_smaller_weights_are_for_onnx(tmp_path, option):
         export.main(["model", "--output_dir", str(tmp_path), "--format", "torch_export", option])
 
 
-def test_one_image_is_enough_to_compare_on(folder, tmp_path, capsys):
-    export.main([str(folder), "--output_dir", str(tmp_path / "out"), "--format", "torch_export",
+def test_one_image_is_enough_to_compare_on(shallow, tmp_path, capsys):
+    export.main([str(shallow), "--output_dir", str(tmp_path / "out"), "--format", "torch_export",
                  "--dataset_name", "digits", "--num_images", "1"])  # fmt: skip
     assert "on 1 images" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lambda_vit_hf import EmaCallback, EntropyGuidedRemovalCallback, LambdaViTForImageClassification
+from lambda_vit_hf.training import callback, reporting
 from lambda_vit_hf.training.guards import OneModelInAllProcesses
 from lambda_vit_hf.training.trainer import ImageClassificationTrainer
 from tests.conftest import TINY, in_two_processes
@@ -66,10 +67,17 @@ def train_with_program(base: str, runs: str, rank: int) -> None:
         save_model(trainer, *arguments, **options)
 
     ImageClassificationTrainer.save_model = keep_own_weights
+    draw_nothing()
     for name, (options, _) in PROGRAM_RUNS.items():
         options = [Path(runs, option) if str(option).startswith("interrupted") else option for option in options]
         options = ["--per_device_train_batch_size", 32, *options, *from_base(base, name)]
         run(Path(runs, name), *DETERMINISTIC, *options)
+
+
+def draw_nothing() -> None:
+    """In this process; whole trainings elsewhere draw theirs."""
+    callback.plot_layer_entropies = reporting.plot_layer_entropies = lambda selection, path: None
+    reporting.plot_training = lambda *arguments: None
 
 
 def weights_of(output_dir, rank: int) -> str:
@@ -154,6 +162,7 @@ REFUSED = {
 
 def train_with_trainer_in_two(vit: str, runs: str, rank: int) -> dict:
     """All of `TRAINER_RUNS`, whose weights go beside each output folder, and what became of `REFUSED`."""
+    draw_nothing()
     for name, options in TRAINER_RUNS.items():
         state = train_with_trainer(vit, runs, 4, name, **options)
         save_file(state, weights_of(Path(runs, name), rank))

@@ -17,7 +17,7 @@ from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.run import run_training
 
 
-TINY = dict(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+TINY = dict(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
 MLP = dict(**TINY, intermediate_size=32)
 TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
 # As on the Hub: encoders without a head of digits, towers within models of images and texts.

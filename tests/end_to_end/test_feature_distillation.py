@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -24,11 +21,10 @@ from lambda_vit_hf.data.folders import load_digits
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.finishing import finish_checkpoint
 from lambda_vit_hf.training.run import run_training
+from tests.conftest import in_two_processes
 
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 SHAPE = dict(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
 OPTIONS = """dinov2_small_feature_distillation --image_size 8 --random_resized_crop false --num_removed_layers 2
@@ -120,15 +116,14 @@ def test_images_are_streamed_too_and_an_average_is_kept(checkpoint, pictures, tm
     assert 0 < metrics["after"]["image_cosine"] < 1
 
 
+def run_in_one_of_two(checkpoint: str, pictures: str, out: str, options: list, rank: int) -> None:
+    run(checkpoint, pictures, out, *options)
+
+
 def test_two_processes_train_one_encoder(checkpoint, pictures, tmp_path):
     """DINOv2 has a mask token, which no loss here reaches: DistributedDataParallel would wait for its gradient."""
-    options = ["--model_name_or_path", checkpoint, "--dataset_dir", pictures, "--output_dir", tmp_path / "out",
-               "--max_steps", 2, "--hold_share", 0.5, "--save_strategy", "no", "--eval_strategy", "no"]  # fmt: skip
-    config = ROOT / "trainer_scripts" / "accelerate_configs" / "two_cpu_processes.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
-               "-m", "lambda_vit_hf.cli.train", *OPTIONS, *options]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-2000:]
+    options = ["--max_steps", 2, "--hold_share", 0.5, "--save_strategy", "no", "--eval_strategy", "no"]
+    in_two_processes(run_in_one_of_two, str(checkpoint), str(pictures), str(tmp_path / "out"), options)
     assert len(AutoModel.from_pretrained(tmp_path / "out").config.removed_layers) == 2
 
 

@@ -16,34 +16,45 @@ from tests.hub.test_push import REMOTE_CODE, Client, client_environment
 from tests.hub_server import TOKEN, HubServer
 
 
-# Loads a model from the Hub, with the package or without; `argv`: "package" or "hidden", repo id, images.
+# Loads a model from the Hub, without the package and with it: in two processes, each with an empty cache, forked from
+# one that has imported what both need. `argv`: repo id, images.
 ASK = """
-import json, sys
+import gc, json, os, shutil, sys
+import PIL.Image
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "lambda_vit_hf":
             raise ModuleNotFoundError(name)
 
-kind, repo_id, *paths = sys.argv[1:]
-if kind == "hidden":
-    sys.meta_path.insert(0, Hidden())
-else:
-    import lambda_vit_hf
-import PIL.Image
-import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+def ask(kind, repo_id, paths):
+    if kind == "hidden":
+        sys.meta_path.insert(0, Hidden())
+    else:
+        import lambda_vit_hf
+    images = [PIL.Image.open(path).convert("RGB") for path in paths]
+    options = {"trust_remote_code": True} if kind == "hidden" else {}
+    model = AutoModelForImageClassification.from_pretrained(repo_id, **options).eval()
+    with torch.no_grad():
+        logits = model(**AutoImageProcessor.from_pretrained(repo_id)(images, return_tensors="pt")).logits
+    answers = pipeline("image-classification", model=repo_id, **options)(images)
+    print(json.dumps({
+        "kind": kind, "logits": logits.tolist(), "labels": [[entry["label"] for entry in one] for one in answers],
+        "class": f"{type(model).__module__}.{type(model).__name__}", "package": "lambda_vit_hf" in sys.modules,
+    }), flush=True)
 
-images = [PIL.Image.open(path).convert("RGB") for path in paths]
-options = {"trust_remote_code": True} if kind == "hidden" else {}
-model = AutoModelForImageClassification.from_pretrained(repo_id, **options).eval()
-with torch.no_grad():
-    logits = model(**AutoImageProcessor.from_pretrained(repo_id)(images, return_tensors="pt")).logits
-answers = pipeline("image-classification", model=repo_id, **options)(images)
-print(json.dumps({
-    "logits": logits.tolist(), "labels": [[entry["label"] for entry in answer] for answer in answers],
-    "class": f"{type(model).__module__}.{type(model).__name__}", "package": "lambda_vit_hf" in sys.modules,
-}))
+gc.freeze()
+for kind in ("hidden", "package"):
+    shutil.rmtree(HF_HUB_CACHE, ignore_errors=True)
+    child = os.fork()
+    if not child:
+        ask(kind, sys.argv[1], sys.argv[2:])
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(1)
 """
 TRAIN = """
 import contextlib, sys
@@ -123,23 +134,25 @@ def golden(client, tmp_path_factory):
     return {**told, "images": sorted(map(str, folder.glob("*.png")))}
 
 
-@pytest.mark.parametrize("kind", ["package", "hidden"])
-def test_what_is_loaded_from_the_hub_answers_as_what_was_trained(hub, golden, tmp_path, kind):
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, kind, "tester/golden", *golden["images"]],
-        env=client_environment(hub.url, tmp_path),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def told(hub, golden, tmp_path_factory):
+    """What the model on the Hub answers, by kind of process."""
+    folder = tmp_path_factory.mktemp("asked")
+    command = [sys.executable, "-c", ASK, "tester/golden", *golden["images"]]
+    environment = client_environment(hub.url, folder)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["logits"] == golden["logits"], "not the same to the bit"
-    assert told["labels"] == golden["labels"]
-    assert told["package"] == (kind == "package")
-    assert told["class"].startswith("lambda_vit_hf." if kind == "package" else "transformers_modules.tester.golden.")
+    return {answer["kind"]: answer for answer in map(json.loads, done.stdout.splitlines()[-2:])}
+
+
+@pytest.mark.parametrize("kind", ["package", "hidden"])
+def test_what_is_loaded_from_the_hub_answers_as_what_was_trained(told, golden, kind):
+    answer = told[kind]
+    assert answer["logits"] == golden["logits"], "not the same to the bit"
+    assert answer["labels"] == golden["labels"]
+    assert answer["package"] == (kind == "package")
+    module = "lambda_vit_hf." if kind == "package" else "transformers_modules.tester.golden."
+    assert answer["class"].startswith(module)
 
 
 def test_the_card_on_the_hub_has_the_numbers_of_metrics_json(hub, golden):

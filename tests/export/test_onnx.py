@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 
@@ -30,11 +31,15 @@ from tests.conftest import TINY, perturb
 REMOVED = [0, 2]
 
 
-@pytest.fixture
-def model():
+def small_model():
     """Fewer layers than elsewhere: exporting takes long."""
     torch.manual_seed(0)
     return perturb(LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, "num_hidden_layers": 3})))
+
+
+@pytest.fixture
+def model():
+    return small_model()
 
 
 MAP = LinearMap(torch.eye(32), torch.eye(32).flip(0), torch.arange(32.0))
@@ -95,22 +100,29 @@ def test_what_cannot_be_exported_is_said(removed, tmp_path):
         export_onnx(removed.eval().bfloat16(), tmp_path / "model.onnx")
 
 
-def test_int8_keeps_the_best_class_and_shrinks_the_file(removed, tmp_path):
-    exact = export_onnx(removed.eval(), tmp_path / "model.onnx")
-    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+@pytest.fixture(scope="module")
+def in_int8(tmp_path_factory):
+    """A model without `REMOVED`, folded; and the folder of its `model.onnx` and `int8.onnx`."""
+    model, folder = small_model(), tmp_path_factory.mktemp("int8")
+    STATES["folded"](model)
+    export_onnx(model.eval(), folder / "model.onnx")
+    quantize_onnx(folder / "model.onnx", folder / "int8.onnx")
+    return model, folder
+
+
+def test_int8_keeps_the_best_class_and_shrinks_the_file(in_int8):
+    model, folder = in_int8
     images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    check = compare_onnx(removed, tmp_path / "int8.onnx", images)
+    check = compare_onnx(model, folder / "int8.onnx", images)
     assert check.num_images == 40 and check.top1_agreement > 0.9
     assert 0 < check.max_difference < 1.0
-    assert check.file_bytes < exact.file_bytes
-    (scan,) = _graph(tmp_path / "int8.onnx").node
+    assert check.file_bytes < (folder / "model.onnx").stat().st_size
+    (scan,) = _graph(folder / "int8.onnx").node
     assert "MatMulInteger" in {node.op_type for node in scan.attribute[0].g.node}
 
 
-def test_int8_logits_of_an_image_do_not_depend_on_its_batch(removed, tmp_path):
-    export_onnx(removed.eval(), tmp_path / "model.onnx")
-    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+def test_int8_logits_of_an_image_do_not_depend_on_its_batch(in_int8):
+    session = onnxruntime.InferenceSession(in_int8[1] / "int8.onnx", providers=["CPUExecutionProvider"])
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2)).numpy()
     images[1] *= 10  # its activations would set the scale of all
     (together,) = session.run(None, {"pixel_values": images})
@@ -118,11 +130,9 @@ def test_int8_logits_of_an_image_do_not_depend_on_its_batch(removed, tmp_path):
     np.testing.assert_array_equal(together, alone)
 
 
-def test_no_pair_of_int8_products_overflows_16_bits_on_a_cpu_without_vnni(removed, tmp_path):
+def test_no_pair_of_int8_products_overflows_16_bits_on_a_cpu_without_vnni(in_int8):
     # vpmaddubsw of AVX2: two products of an unsigned activation and a signed weight, added in 16 bits, saturating.
-    export_onnx(removed.eval(), tmp_path / "model.onnx")
-    quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx")
-    weights = _quantized_weights(tmp_path / "int8.onnx")
+    weights = _quantized_weights(in_int8[1] / "int8.onnx")
     assert len(weights) >= 10
     for name, weight in weights.items():
         pairs = np.abs(weight.astype(np.int64)).reshape(len(weight) // 2, 2, -1).sum(axis=1)
@@ -205,7 +215,7 @@ def test_an_encoder_without_pooler_runs_in_every_engine(tmp_path, pixel_values):
         expected = model(pixel_values).last_hidden_state
     assert export_program(model, tmp_path / "model.pt2").cosine > 0.999999
     export_onnx(model, tmp_path / "model.onnx")
-    for run in (run_session(tmp_path / "model.onnx"), _run_openvino(tmp_path / "model.onnx", "fp32")):
+    for run in (run_session(tmp_path / "model.onnx"), _run_openvino(openvino.Core(), tmp_path / "model.onnx", "fp32")):
         torch.testing.assert_close(run(pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,11 +1,13 @@
 """The exported folder: the Hub's layout, and the same answers with neither PyTorch nor transformers."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,16 +17,15 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
-from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.data import decoding
 from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
-from lambda_vit_hf.export.onnx import compare_onnx, export_onnx, halve_onnx
+from lambda_vit_hf.export.onnx import compare_onnx
 from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.export.preprocessing import describe_preprocessing
 from lambda_vit_hf.export.serving_folder import describe_graph, export_for_serving
 from lambda_vit_hf.hub.exported_folder import EXPORTED_FILES, check_exported_folder
-from tests.conftest import TINY, perturb
+from tests.conftest import REMOVED
 
 
 PROCESSORS = {
@@ -123,12 +124,33 @@ print(json.dumps({"logits": classifier.logits(pictures).tolist(), "best": classi
 """
 
 
-def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, photographs):
-    removed.config.id2label = dict(enumerate(["ä", "b", "c", "d", "e"]))
-    processor = ViTImageProcessor(**PROCESSORS["square"])
-    (check,) = export_for_serving(removed.eval(), processor, tmp_path / "served")
-    assert check.file == "model.onnx" and check.max_difference < 1e-4
-    decoding_served = (tmp_path / "served" / "decoding.py").read_bytes()
+@pytest.fixture(scope="module")
+def served(made_once, tmp_path_factory):
+    """A model without `REMOVED`, folded; its exported folder, in all precisions; and how near they are."""
+    model = copy.deepcopy(made_once.model)
+    model.remove_attention(REMOVED)
+    model.fold_removed_attention()
+    model.config.id2label = dict(enumerate(["ä", "b", "c", "d", "e"]))
+    processor, folder = ViTImageProcessor(**PROCESSORS["crop"]), tmp_path_factory.mktemp("export") / "new" / "served"
+    checks = export_for_serving(model.eval(), processor, folder, int8=True, fp16=True)
+    return SimpleNamespace(model=model, processor=processor, folder=folder, checks=checks)
+
+
+@pytest.fixture
+def exported_before(served, monkeypatch):
+    """Exporting takes the graph of `served`: for tests of what comes after."""
+
+    def export(model, path, images=None):
+        shutil.copyfile(served.folder / "onnx" / "model.onnx", path)
+        return served.checks[0]
+
+    monkeypatch.setattr(serving_folder, "export_onnx", export)
+
+
+def test_the_folder_serves_without_pytorch_and_transformers(served, tmp_path, photographs):
+    model, folder = served.model, shutil.copytree(served.folder, tmp_path / "served")
+    assert served.checks[0].file == "model.onnx" and served.checks[0].max_difference < 1e-4
+    decoding_served = (folder / "decoding.py").read_bytes()
     assert decoding_served == Path(decoding.__file__).read_bytes(), "pictures are decoded as in training"
     paths = []
     for index, photograph in enumerate(photographs):
@@ -137,40 +159,37 @@ def test_the_folder_serves_without_pytorch_and_transformers(removed, tmp_path, p
 
     def run(*command):
         environment = {**os.environ, "PYTHONPATH": ""}
-        result = subprocess.run([sys.executable, *command, *paths], cwd=tmp_path / "served", env=environment,
+        result = subprocess.run([sys.executable, *command, *paths], cwd=folder, env=environment,
                                 capture_output=True, text=True)  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]
         return result.stdout
 
     answer = json.loads(run("-c", SERVE))
     with torch.no_grad():
-        expected = removed(processor(photographs, return_tensors="pt")["pixel_values"]).logits.numpy()
+        expected = model(served.processor(photographs, return_tensors="pt")["pixel_values"]).logits.numpy()
     np.testing.assert_allclose(answer["logits"], expected, atol=0.05)  # pixels differ by one of 255 here and there
     best = expected.argmax(axis=1)
-    assert [one[0]["label"] for one in answer["best"]] == [removed.config.id2label[index] for index in best]
+    assert [one[0]["label"] for one in answer["best"]] == [model.config.id2label[index] for index in best]
     assert all(len(one) == 2 and one[0]["score"] > one[1]["score"] > 0 for one in answer["best"])
     printed = run("serve.py")
-    assert f"{paths[0]}: {removed.config.id2label[best[0]]} (" in printed
-    assert "pip install onnxruntime numpy pillow" in Path(tmp_path / "served" / "README.md").read_text()
+    assert f"{paths[0]}: {model.config.id2label[best[0]]} (" in printed
+    assert "pip install onnxruntime numpy pillow" in (folder / "README.md").read_text()
 
 
 def files_of(folder) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_layout_is_that_of_the_hub(removed, tmp_path):
-    removed.config.id2label = dict(enumerate(["ä", "b", "c", "d", "e"]))
-    processor = ViTImageProcessor(**PROCESSORS["crop"])
-    folder = tmp_path / "new" / "served"
-    checks = export_for_serving(removed.eval(), processor, folder, int8=True, fp16=True)
-    assert [check.file for check in checks] == ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"]
+def test_the_layout_is_that_of_the_hub(served):
+    model, processor, folder = served.model, served.processor, served.folder
+    assert [check.file for check in served.checks] == ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"]
     assert files_of(folder) == set(EXPORTED_FILES), "and a push sends all of it"
     assert [path.name for path in folder.parent.iterdir()] == ["served"], "nothing is left of the work"
     config = AutoConfig.from_pretrained(folder)
     assert config.model_type == "vit" and config.architectures == ["ViTForImageClassification"]
-    assert config.id2label == removed.config.id2label and config.image_size == removed.config.image_size
+    assert config.id2label == model.config.id2label and config.image_size == model.config.image_size
     own = json.loads((folder / config.lambda_config).read_text())
-    assert own["model_type"] == "lambda_vit" and own["attention_flags"] == removed.config.attention_flags
+    assert own["model_type"] == "lambda_vit" and own["attention_flags"] == model.config.attention_flags
     found, expected = (one.to_dict() for one in (AutoImageProcessor.from_pretrained(folder), processor))
     assert {name: found[name] for name in expected} == expected
 
@@ -182,17 +201,17 @@ def test_a_browser_finds_the_file_that_transformers_js_takes_by_default(removed,
     assert wanted == ("q8" if int8 else "fp32")
 
 
-def test_float16_takes_and_gives_float32(removed, tmp_path, pixel_values):
-    exact, halved = tmp_path / "model.onnx", tmp_path / "model_fp16.onnx"
-    export_onnx(removed.eval(), exact)
-    halve_onnx(exact, halved)
-    check = compare_onnx(removed, halved, pixel_values)
+def test_float16_takes_and_gives_float32(served, pixel_values):
+    exact, halved = (served.folder / "onnx" / name for name in ("model.onnx", "model_fp16.onnx"))
+    check = compare_onnx(served.model, halved, pixel_values)
     assert 0 < check.max_difference < 0.02 and check.file_bytes < exact.stat().st_size
     weights = [one for one in onnx.load(halved).graph.initializer if len(one.dims) == 2]
     assert weights and {one.data_type for one in weights} == {onnx.TensorProto.FLOAT16}
 
 
-def test_an_export_that_stops_half_way_leaves_nothing_that_looks_like_one(removed, tmp_path, monkeypatch):
+def test_an_export_that_stops_half_way_leaves_nothing_that_looks_like_one(
+    removed, exported_before, tmp_path, monkeypatch
+):
     monkeypatch.setattr(serving_folder, "write_checksums", lambda folder: 1 / 0)
     folder = tmp_path / "new" / "served"
     folder.mkdir(parents=True)
@@ -201,7 +220,7 @@ def test_an_export_that_stops_half_way_leaves_nothing_that_looks_like_one(remove
     assert list(folder.parent.rglob("*")) == [folder]
 
 
-def test_a_folder_in_int8_is_refused_where_it_spoils_the_answers(removed, tmp_path, monkeypatch):
+def test_a_folder_in_int8_is_refused_where_it_spoils_the_answers(removed, exported_before, tmp_path, monkeypatch):
     processor = ViTImageProcessor(**PROCESSORS["square"])
     images = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(serving_folder, "LEAST_AGREEMENT", 1.01)
@@ -215,18 +234,8 @@ def test_a_folder_in_int8_is_refused_where_it_spoils_the_answers(removed, tmp_pa
         export_for_serving(removed.eval(), processor, tmp_path / "served")
 
 
-@pytest.fixture(scope="module")
-def in_int8(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LambdaViTConfig(**{**TINY, "num_labels": 5})
-    model = perturb(LambdaViTForImageClassification(config), size=0.3)
-    folder = tmp_path_factory.mktemp("int8") / "served"
-    export_for_serving(model, ViTImageProcessor(**PROCESSORS["square"]), folder, int8=True)
-    return folder
-
-
-def test_an_answer_in_int8_does_not_depend_on_the_other_pictures(in_int8, photographs):
-    classifier = OnnxImageClassifier(in_int8, "onnx/model_quantized.onnx", num_threads=1)
+def test_an_answer_in_int8_does_not_depend_on_the_other_pictures(served, photographs):
+    classifier = OnnxImageClassifier(served.folder, "onnx/model_quantized.onnx", num_threads=1)
     white = PIL.Image.new("RGB", (16, 16), "white")
     together = classifier.logits([photographs[0], white, photographs[1]])
     alone = [classifier.logits([picture])[0] for picture in (photographs[0], white, photographs[1])]
@@ -238,8 +247,8 @@ SERVED = ["onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "prepro
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_a_damaged_or_swapped_file_is_not_served(in_int8, tmp_path, name):
-    folder = shutil.copytree(in_int8, tmp_path / "served")
+def test_a_damaged_or_swapped_file_is_not_served(served, tmp_path, name):
+    folder = shutil.copytree(served.folder, tmp_path / "served")
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)

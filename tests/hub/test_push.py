@@ -77,7 +77,7 @@ PUSH = "result = vars(push_folder(folder, repo_id, first_wait=0.01, **options))"
 PRIVATE_FILES = ("optimizer.pt", "training_args.bin", ".env", "trainer_state.json", "notes.txt")
 REMOTE_CODE = set(CODE)
 WORKER = """
-import contextlib, io, json, os, sys, traceback
+import contextlib, gc, io, json, os, sys, traceback
 
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
@@ -87,6 +87,7 @@ for line in sys.stdin:
     try:
         with contextlib.redirect_stdout(printed):
             exec("import torch, transformers, lambda_vit_hf; from lambda_vit_hf.hub.push import push_folder", names)
+            gc.freeze()  # see conftest.py
             exec(command["code"], names)
         answer["result"] = names.get("result", printed.getvalue())
     except BaseException as error:

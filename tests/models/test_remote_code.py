@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,27 +39,56 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-def run_without_package(script: str, tmp_path, *arguments) -> dict[str, torch.Tensor]:
-    """Runs `script` in a new interpreter that cannot import this package; returns the tensors it puts in `results`."""
-    (tmp_path / "script.py").write_text(
-        HIDE_PACKAGE
-        + "import torch\nfrom safetensors.torch import load_file, save_file\n"
-        + "folder, images, out = sys.argv[1:4]\nimages = load_file(images)['images']\nresults = {}\n"
-        + textwrap.dedent(script)
-        + "\nsave_file({k: v.detach().contiguous() for k, v in results.items()}, out + '/results.safetensors')\n"
-    )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    offline["OMP_NUM_THREADS"] = "1"
-    (tmp_path / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, "script.py", *map(str, arguments), str(tmp_path / "out")],
-        cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(tmp_path / "out" / "results.safetensors")
+# One interpreter for all tests, for its imports take seconds; a script runs in a fork, which has imported no code of
+# a model yet, and finds the folder for such code empty.
+SERVER = """
+import gc, json, os, shutil, signal
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
+
+gc.freeze()
+for line in sys.stdin:
+    script, folder, images, out = json.loads(line)
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+    child = os.fork()
+    if not child:
+        signal.alarm(120)
+        os.dup2(2, 1)
+        names = globals() | {"folder": folder, "images": load_file(images)["images"], "out": out, "results": {}}
+        exec(script, names)
+        results = {name: value.detach().contiguous() for name, value in names["results"].items()}
+        save_file(results, out + "/results.safetensors")
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
 
 
-def test_remote_code_opens_in_every_auto_class_and_can_be_saved_again(folder, removed, tmp_path, pixel_values):
+@pytest.fixture(scope="module")
+def run_without_package(tmp_path_factory):
+    """Runs a script in a process that cannot import this package; returns the tensors it puts in `results`."""
+    home = tmp_path_factory.mktemp("without_package")
+    (home / "server.py").write_text(HIDE_PACKAGE + SERVER)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "home"), "HF_MODULES_CACHE": str(home / "modules")}
+    with (home / "log").open("w") as log, subprocess.Popen(
+        [sys.executable, "server.py"], cwd=home, env={**os.environ, **offline, "OMP_NUM_THREADS": "1"}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+    ) as server:  # fmt: skip
+
+        def run(script: str, tmp_path, *arguments) -> dict[str, torch.Tensor]:
+            (tmp_path / "out").mkdir()
+            request = [textwrap.dedent(script), *map(str, arguments), str(tmp_path / "out")]
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "0\n", (home / "log").read_text()[-3000:]
+            return load_file(tmp_path / "out" / "results.safetensors")
+
+        yield run
+
+
+def test_remote_code_opens_in_every_auto_class_and_can_be_saved_again(
+    run_without_package, folder, removed, tmp_path, pixel_values
+):
     save_file({"images": pixel_values}, tmp_path / "images.safetensors")
     script = """
         import huggingface_hub
@@ -102,7 +132,9 @@ def test_remote_code_opens_in_every_auto_class_and_can_be_saved_again(folder, re
     assert torch.equal(logits(here, pixel_values), expected)
 
 
-def test_remote_code_resumes_a_trainer_checkpoint_as_if_never_stopped(folder, tmp_path, pixel_values):
+def test_remote_code_resumes_a_trainer_checkpoint_as_if_never_stopped(
+    run_without_package, folder, tmp_path, pixel_values
+):
     save_file({"images": pixel_values}, tmp_path / "images.safetensors")
     script = """
         from transformers import AutoModelForImageClassification, Trainer, TrainingArguments

@@ -33,6 +33,13 @@ def train(model, steps: int = 30) -> None:
     assert (model(images).logits.argmax(-1) == labels).float().mean() > 0.6, "the model has learnt nothing"
 
 
+@pytest.fixture(scope="module")
+def trained_weights(made_once):
+    model = copy.deepcopy(made_once.model)
+    train(model)
+    return model.state_dict()
+
+
 def reference_nose(model, images, num_layers, mask="identity", output="class_head", compare="magnitude"):
     """NOSE from its definition, in numpy, nothing shared or streamed."""
     chosen, path = [], []
@@ -74,9 +81,9 @@ def test_a_selection_tells_what_its_first_layers_change(model, images, mask, str
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
 @pytest.mark.parametrize("mask", ["skip", "identity"])
 @pytest.mark.parametrize("output", ["class_head", "class_token", "token_mean"])
-def test_nose_equals_a_plain_reference(model, images, mask, output, trained):
+def test_nose_equals_a_plain_reference(model, trained_weights, images, mask, output, trained):
     if trained:
-        train(model)
+        model.load_state_dict(trained_weights)
     model, images = model.double(), images.double()
     selection = select_attention_layers(
         model, images, num_removed_layers=4, mask=mask, output=output, batch_size=7, disable_tqdm=True
@@ -84,8 +91,8 @@ def test_nose_equals_a_plain_reference(model, images, mask, output, trained):
     assert_same_search(selection, reference_nose(model, images, 4, mask, output))
 
 
-def test_neither_batch_size_nor_order_changes_it(model, images):
-    train(model)
+def test_neither_batch_size_nor_order_changes_it(model, trained_weights, images):
+    model.load_state_dict(trained_weights)
     model, images = model.double(), images.double()
     reference = reference_nose(model, images, 3, "identity")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

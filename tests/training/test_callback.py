@@ -21,6 +21,7 @@ from tests.conftest import TINY, in_two_processes
 from tests.small_training import Blobs, Recorder, StopAt, final_weights, make_trainer
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
@@ -241,6 +242,7 @@ def test_a_restart_with_a_smaller_batch_begins_at_lambda_1(model, tmp_path):
 # What is said.
 
 
+@pytest.mark.draws
 def test_the_choice_is_one_line_at_the_default_log_level_with_its_picture(model, tmp_path, caplog):
     callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
     make_trainer(model, tmp_path, [callback]).train()
