@@ -2,6 +2,7 @@
 
     python -m benchmarks.compare_models outputs/three/base outputs/three outputs/five --dataset_dir path/to/images \\
         --dtype bfloat16 --batch_size 100 --output results/mine.json
+    python -m benchmarks.compare_models --show results/dinov2_small_linear_maps.json  # prints the table again
 
 Top-1 is what `lambda-vit evaluate` finds. The speeds are medians over rounds in which each model has its turn on the
 same batch, so a noisy minute of the machine hits all alike.
@@ -86,14 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", help="folders or Hub ids of image classifiers, of one image size")
+    parser.add_argument("models", nargs="*", help="folders or Hub ids of image classifiers, of one image size")
     parser.add_argument("--dataset_name", help="digits, or a dataset of the Hub")
     parser.add_argument("--dataset_dir", help="images in a folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each model (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--show", type=Path, help="print the figures of this JSON file, measure nothing")
     arguments = parser.parse_args(argv)
+    if arguments.show:
+        figures = json.loads(arguments.show.read_text(encoding="utf-8"))
+        print(f"{as_table(figures['rows'])}\n{environment_line(figures['environment'])}")
+        return
+    if not arguments.models:
+        parser.error("name models, or --show a file")
     dataset = load_split(arguments.dataset_name, arguments.dataset_dir)
     dtype = getattr(torch, arguments.dtype)
     rows = measure(arguments.models, dataset, dtype, arguments.batch_size, arguments.rounds)

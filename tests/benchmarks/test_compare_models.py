@@ -41,6 +41,10 @@ def test_each_model_has_its_own_figures(tmp_path, capsys):
     # Five tokens: four projections, and the two products of attention.
     assert rows[0]["macs"] - rows[1]["macs"] == 2 * (4 * 5 * 16 * 16 + 2 * 5 * 5 * 16)
     assert [row["removed_layers"] for row in rows] == [[], [1, 3]]
+    compare_models.main(["--show", str(all_figures)])
+    assert capsys.readouterr().out.splitlines()[-5:] == shown.splitlines()[-5:]
+    with pytest.raises(SystemExit):
+        compare_models.main([])
 
 
 def test_models_of_different_image_sizes_are_refused(tmp_path):
