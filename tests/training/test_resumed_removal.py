@@ -1,6 +1,7 @@
 """Invariant 4: a resumed removal goes on as if never stopped, or is refused."""
 
 import copy
+import itertools
 import json
 import shutil
 
@@ -160,6 +161,44 @@ def test_resuming_a_second_removal_into_a_model_before_the_first_is_refused(mode
     trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
     with pytest.raises(ValueError, match=r"no attention in layers \[0, 1\].*load the model from the checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def replaced(model):
+    zeros = torch.zeros(32, 32)
+    model.replace_attention({1: (zeros, zeros, zeros[0])})
+
+
+IN_PLACE = {
+    "identity": lambda model: model.remove_attention([1]),
+    "skip": lambda model: (model.set_fade_to("skip"), model.remove_attention([1])),
+    "linear": replaced,
+}
+
+
+@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(IN_PLACE, 2))
+def test_a_checkpoint_with_something_else_in_the_place_of_attention_is_refused(model, tmp_path, saved, resumed):
+    other = copy.deepcopy(model)
+    IN_PLACE[saved](model)
+    IN_PLACE[resumed](other)
+    settings = dict(save_strategy="steps", save_steps=2, max_steps=2, kind=LambdaViTTrainer)
+    make_trainer(model, tmp_path, [], **settings).train()
+    with pytest.raises(ValueError, match=f"has '{saved}', in this model '{resumed}': load the model"):
+        make_trainer(other, tmp_path, [], **{**settings, "max_steps": 4}).train(resume_from_checkpoint=True)
+
+
+def test_a_model_with_linear_maps_resumes_to_the_bit(model, tmp_path):
+    replaced(model)
+    start, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    settings = dict(save_strategy="steps", save_steps=2, kind=LambdaViTTrainer)
+    make_trainer(
+        fresh, tmp_path / "whole", [], **{**settings, "max_steps": 4, "lr_scheduler_type": "constant"}
+    ).train()
+    settings["lr_scheduler_type"] = "constant"
+    make_trainer(model, tmp_path / "two", [], **{**settings, "max_steps": 2}).train()
+    make_trainer(start, tmp_path / "two", [], **{**settings, "max_steps": 4}).train(resume_from_checkpoint=True)
+    for name, expected in fresh.state_dict().items():
+        assert torch.equal(start.state_dict()[name], expected), name
+    assert fresh.encoder_layers[1].mapped_attention.token_proj.weight.any()
 
 
 def test_resuming_from_before_the_removal_into_the_removed_model_is_refused(model, tmp_path):
