@@ -189,11 +189,8 @@ def test_a_checkpoint_with_something_else_in_the_place_of_attention_is_refused(m
 def test_a_model_with_linear_maps_resumes_to_the_bit(model, tmp_path):
     replaced(model)
     start, fresh = copy.deepcopy(model), copy.deepcopy(model)
-    settings = dict(save_strategy="steps", save_steps=2, kind=LambdaViTTrainer)
-    make_trainer(
-        fresh, tmp_path / "whole", [], **{**settings, "max_steps": 4, "lr_scheduler_type": "constant"}
-    ).train()
-    settings["lr_scheduler_type"] = "constant"
+    settings = dict(save_strategy="steps", save_steps=2, kind=LambdaViTTrainer, lr_scheduler_type="constant")
+    make_trainer(fresh, tmp_path / "whole", [], **{**settings, "max_steps": 4}).train()
     make_trainer(model, tmp_path / "two", [], **{**settings, "max_steps": 2}).train()
     make_trainer(start, tmp_path / "two", [], **{**settings, "max_steps": 4}).train(resume_from_checkpoint=True)
     for name, expected in fresh.state_dict().items():
