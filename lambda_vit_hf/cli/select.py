@@ -3,6 +3,7 @@
     lambda-vit select outputs/digits/base --dataset_name digits  # how many?
     lambda-vit select outputs/digits/base --dataset_name digits --max_kl 0.1
     lambda-vit select outputs/digits/base --dataset_name digits --num_removed_layers 6
+    lambda-vit select outputs/digits/base --dataset_name digits --num_removed_layers 6 --linear_maps
     lambda-vit select facebook/deit-base-patch16-224 --dataset_dir path/to/images --removal_ratio 0.4 \\
         --output_dir outputs/selection
     accelerate launch -m lambda_vit_hf.cli.select ...  # several processes share the images
@@ -11,8 +12,8 @@ Needs no training and no labels. Without a number it prints what each number of 
 whole model, images that keep their class) and saves; --max_kl or --min_agreement then picks one. Leaves in OUTPUT_DIR:
 selection.json, with all raw figures; entropy.png, the entropy of attention and MLP by depth; search.png, the transfer
 entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png. With
---linear_maps also model/: the model with linear maps, fitted on the same images, in the place of the attention chosen;
-it can be used without any training, or fine-tuned like any other.
+--linear_maps, which needs a number or a bound, also model/: the model with linear maps, fitted on the same images, in
+the place of the attention chosen; it can be used without any training, or fine-tuned like any other.
 What the figures mean: docs/nose.md.
 """
 
@@ -44,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min_agreement", type=float, help="as many as leave this share of images their class, in [0, 1]")
     add("--strategy", default="nose", help="nose, beam, exhaustive, cosine, last, ...")
     add("--output", help="class_head, class_token or token_mean")
-    add("--mask", help="skip or identity (default: what attention fades to)")
+    add("--mask", help="skip or identity (default: what attention fades to; with --linear_maps skip)")
     add("--compare", default="magnitude", help="magnitude or value")
     add("--calibration_size", "--num_images", action=Renamed, type=int, default=512, help="images of the training set")
     add("--batch_size", type=int, default=64)
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if selection is not None and selection.layers and arguments.linear_maps:
         put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
     if state.is_main_process and selection is not None:
-        print(f"to go on: {next_command(arguments, selection)}")
+        what = "it can be used as it is; to fine-tune it" if arguments.linear_maps else "to go on"
+        print(f"{what}: {next_command(arguments, selection)}")
     state.destroy_process_group()
 
 

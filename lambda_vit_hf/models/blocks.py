@@ -59,7 +59,7 @@ class RemovableAttention:
       attention is not computed. The buffer is the only place that knows lambda.
     - Without attention (`config.attention_flags[layer_index]` is `False`) there are no attention weights, no first
       LayerNorm, no first LayerScale and no lambda: `x = 2 * x`, or nothing at all in a folded model or after "skip".
-      With `config.fade_to` `"linear"` an [`MappedAttention`] is there, `x = x + W n + V mean(n) + b`.
+      With `config.fade_to` `"linear"` a [`MappedAttention`] is there, `x = x + W n + V mean(n) + b`.
     - Between attention and MLP, tokens are merged if the caller passes a [`TokenFlow`].
 
     Args:

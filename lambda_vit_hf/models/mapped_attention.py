@@ -25,9 +25,9 @@ class LinearMap(NamedTuple):
 
 class MappedAttention(nn.Module):
     """
-    `W n + V mean(n) + b`, where `n` is the stream behind a LayerNorm without weights and the mean is over the tokens:
-    what attention adds to the stream, but for what a token finds in some tokens and not in others. `W` costs a quarter
-    of the linear layers of attention; `V` is computed once for an image.
+    `W n + V mean(n) + b`, where `n` is the stream behind a LayerNorm without weights and the mean is over the tokens.
+    It keeps what attention adds whichever tokens attend to which, and loses the rest. `W` costs a quarter of the
+    linear layers of attention; `V` is computed once for an image.
 
     Args:
         hidden_size (`int`): width of the stream.

@@ -1,7 +1,7 @@
 """Linear maps in the place of attention, fitted in closed form: thinner without any training.
 
 What a layer's attention adds to a token is predicted from that token and from the mean of all tokens of its image, by
-least squares over the calibration images. TOAST (arXiv 2410.04941) does so with whole blocks.
+least squares over the calibration images. TOAST (arXiv 2410.04941) puts linear maps in the place of whole blocks.
 """
 
 import copy

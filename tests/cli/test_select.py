@@ -85,7 +85,7 @@ def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vi
     printed = capsys.readouterr().out
     without, mapped = (float(value) for value in re.findall(r"before any training.*: KL \(nats\) ([\d.]+)", printed))
     assert mapped < without
-    command = shlex.split(printed.split("to go on: lambda-vit train ")[1])
+    command = shlex.split(printed.split("to fine-tune it: lambda-vit train ")[1])
     train.main([*command, "--max_steps", "2", "--max_train_samples", "32", "--max_eval_samples", "16",
                 "--warmup_steps", "0", "--dataloader_num_workers", "0", "--use_cpu", "true",
                 "--output_dir", str(tmp_path / "trained")])  # fmt: skip
