@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="as many layers as keep the KL divergence within this; without a class head 1 - cosine of the features",
     )
     add("--min_agreement", type=float, help="as many as leave this share of images their class, in [0, 1]")
-    add("--strategy", default="nose", help="nose, beam, exhaustive, cosine, last, ...")
+    add("--strategy", help="nose (default; with --linear_maps divergence), beam, exhaustive, cosine, last, ...")
     add("--output", help="class_head, class_token or token_mean")
     add("--mask", help="skip or identity (default: what attention fades to; with --linear_maps skip)")
     add("--compare", default="magnitude", help="magnitude or value")
@@ -63,6 +63,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--pairs needs a number of layers: --num_removed_layers or --removal_ratio")
     if arguments.linear_maps and _asks_how_many(arguments) and not _is_bounded(arguments):
         parser.error("--linear_maps needs a number of layers, --max_kl or --min_agreement")
+    # What kept most on the models measured: docs/selection_tables.md.
+    arguments.strategy = arguments.strategy or ("divergence" if arguments.linear_maps else "nose")
     if arguments.linear_maps and arguments.mask is None:
         arguments.mask = "skip"
     return arguments

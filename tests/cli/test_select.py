@@ -95,6 +95,19 @@ def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vi
     assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("nose", None)),
+        (["--linear_maps"], ("divergence", "skip")),
+        (["--linear_maps", "--strategy", "nose", "--mask", "identity"], ("nose", "identity")),
+    ],
+)
+def test_maps_have_defaults_of_their_own(words, expected):
+    arguments = select.parse_arguments(["m", "--dataset_name", "digits", "--num_removed_layers", "2", *words])
+    assert (arguments.strategy, arguments.mask) == expected
+
+
 def test_linear_maps_need_a_number_and_a_model_that_lost_nothing_in_another_way(digits_vit, tmp_path, capsys):
     with pytest.raises(SystemExit):
         select.main([digits_vit, "--dataset_name", "digits", "--linear_maps"])
