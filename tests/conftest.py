@@ -32,8 +32,8 @@ end_to_end/test_training.py end_to_end/test_distributed.py end_to_end/test_resum
 end_to_end/test_recipes.py end_to_end/test_golden.py hub/test_push.py export/test_onnx.py faults/test_kills.py
 faults/test_bit_flips.py tests/test_examples.py benchmarks/test_compare_selections.py export/test_inference_speed.py
 models/test_remote_code.py models/test_loading_and_saving.py export/test_serving_folder.py export/test_variants.py
-cli/test_export.py end_to_end/test_core_install.py tests/test_wheel.py training/test_resumed_removal.py cli/test_select.py
-benchmarks/test_quantization.py benchmarks/test_families.py training/test_finishing.py
+cli/test_export.py end_to_end/test_core_install.py tests/test_wheel.py training/test_resumed_removal.py
+cli/test_select.py benchmarks/test_quantization.py benchmarks/test_families.py training/test_finishing.py
 training/test_background_checksums.py benchmarks/test_gpu.py faults/test_not_finite.py
 """.split()
 
