@@ -24,7 +24,8 @@ from tests.end_to_end.test_training import run
 
 OPTIONS = "--ema_decay 0.5 --base_num_train_epochs 0.3 --save_steps 2 --save_total_limit 3".split()
 RESUME = ["--resume_from_checkpoint", "true"]
-FORK = multiprocessing.get_context("fork")
+# Not forked from this process: tqdm's lock is a semaphore that all forks share, and a killed one never gives it back.
+FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 def train(folder: Path, options: list[str], num_processes: int, seconds: float | None = None) -> bool:
@@ -32,7 +33,7 @@ def train(folder: Path, options: list[str], num_processes: int, seconds: float |
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = [FORK.Process(target=_process, args=(folder, options, rank, num_processes, port))
+    group = [FORKSERVER.Process(target=_process, args=(folder, options, rank, num_processes, port))
              for rank in range(num_processes)]  # fmt: skip
     for process in group:
         process.start()
