@@ -141,8 +141,22 @@ def change_by_replacement(
 ) -> OutputChange:
     """
     How far the output of a model with linear maps is from that of the whole one: of the class probabilities, or of the
-    features where there is no trained class head. Take other images than those that the maps were fitted on. The other
-    arguments are those of [`fit_linear_maps`]. As there, all tokens are computed, also where the model merges some.
+    features where there is no trained class head. As in [`fit_linear_maps`], all tokens are computed, also where a
+    model merges some. Both models are left as they were. In a distributed run every process must call it with the same
+    images; all get the same answer.
+
+    Args:
+        whole, thinner ([`LambdaPreTrainedModel`]): the models to compare, on one device.
+        calibration: images, in any form that [`CalibrationBatches`] takes; others than the maps were fitted on.
+        image_processor, calibration_size, batch_size, autocast_dtype: as in [`fit_linear_maps`].
+
+    Returns:
+        [`OutputChange`]: KL divergence in nats, or 1 - cosine of the features; share of images, in [0, 1], that keep
+        their class, or `None`.
+
+    Raises:
+        ValueError: on an empty calibration set.
+        RuntimeError: if another process failed.
     """
     of_classes = whole.has_class_head and not whole.newly_initialized_head
     output, sums = "class_head" if of_classes else "class_token", torch.zeros(2, dtype=torch.float64)
@@ -166,5 +180,5 @@ def _stream(model: LambdaPreTrainedModel, pixel_values: torch.Tensor, index: int
     """What enters a block, `(batch, tokens, hidden)`, and what each block is called with besides."""
     hidden_states, extra = model.embed(pixel_values)
     for below in model.encoder_layers[:index]:
-        hidden_states = below.feed_forward(below.mix_tokens(hidden_states, **extra))
+        hidden_states = below(hidden_states, **extra)
     return hidden_states, extra
