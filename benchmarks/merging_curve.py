@@ -6,8 +6,8 @@
 
 r pairs of tokens merge in each block that keeps attention, in models that were trained without; `--fine_tuned` models
 have a `token_merging_r` of their own, with which they are measured beside. All are prepared for inference, and timed
-in turns. The family must be able to merge (ViT). `--bf16 true` computes in bfloat16; other options override fields of
-the recipe. Figures in OUTPUT.json, the picture in OUTPUT.png.
+in turns. `--image_size` takes larger images, and so more tokens, than a model was trained with; `--bf16 true` computes
+in bfloat16; other options override fields of the recipe. Figures in OUTPUT.json, the picture in OUTPUT.png.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from torch import nn
 
 from .attention import attend, project
 from .mapped_attention import MappedAttention
-from .token_merging import TokenFlow, merge_tokens, proportional_attention
+from .token_merging import TokenFlow, proportional_attention
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class RemovableAttention:
     ) -> torch.Tensor:
         if token_flow is None:
             return self.feed_forward(self.mix_tokens(hidden_states, attention_mask, **kwargs))
-        return self.feed_forward(self._mix_and_merge(hidden_states, token_flow, **kwargs))
+        hidden_states = self.feed_forward(self._mix_and_merge(hidden_states, token_flow, **kwargs))
+        return token_flow.restore(self.layer_index, hidden_states)
 
     def mix_tokens(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -127,7 +128,7 @@ class RemovableAttention:
     def _mix_and_merge(self, hidden_states: torch.Tensor, flow: TokenFlow, **kwargs) -> torch.Tensor:
         """`mix_tokens`, then merging; or only the class token from here on."""
         index, sizes = self.layer_index, flow.sizes.get(self.layer_index)
-        flow.sizes[index + 1] = sizes
+        flow.keep(index)
         if self.mapped_attention is not None:
             only_class_token = flow.class_token_from == index
             branch = self._scale_and_drop(
@@ -143,7 +144,7 @@ class RemovableAttention:
         if flow.class_token_from == index:
             branch, _ = attention(normed, attention_mask=mask, only_class_token=True, **kwargs)
             return self._weigh_by_lambda(hidden_states[:, :1], self._scale_and_drop(branch, "attention_scale"), state)
-        merged = flow.schedule[index]
+        merged = flow.schedule[index] > 0
         if merged and not flow.is_recorded:
             branch, _, keys = attend(attention, self.block, *project(attention, normed), mask, **kwargs)
         else:
@@ -151,7 +152,7 @@ class RemovableAttention:
         mixed = self._weigh_by_lambda(hidden_states, self._scale_and_drop(branch, "attention_scale"), state)
         if merged:
             keys = attend(attention, self.block, *project(attention, normed))[2] if flow.is_recorded else keys
-            mixed, flow.sizes[index + 1] = merge_tokens(mixed, sizes, keys, merged)
+            mixed = flow.merge(index, mixed, keys)
         return mixed
 
     def _weigh_by_lambda(self, hidden_states: torch.Tensor, branch: torch.Tensor, state: str) -> torch.Tensor:

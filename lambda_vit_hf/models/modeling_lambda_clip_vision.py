@@ -58,7 +58,6 @@ class LambdaCLIPVisionPreTrainedModel(LambdaPreTrainedModel, CLIPPreTrainedModel
         "AutoModel": "LambdaCLIPVisionModel",
         "AutoModelForImageClassification": "LambdaCLIPVisionForImageClassification",
     }
-    _can_merge_tokens = False  # the classifier's mean counts every patch once
     _head_reads, _head_reads_norm = "patch_mean", False
 
     def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:

@@ -54,7 +54,6 @@ class LambdaDeiTPreTrainedModel(LambdaPreTrainedModel, DeiTPreTrainedModel):
         "AutoModel": "LambdaDeiTModel",
         "AutoModelForImageClassification": "LambdaDeiTForImageClassification",
     }
-    _can_merge_tokens = False  # the distillation token would merge with patches
     _num_special_tokens = 2
 
 

@@ -5,7 +5,7 @@ Everything that is not about removal is transformers' DINOv2. Shapes: `(batch, t
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Attention,
     Dinov2Backbone,
@@ -59,7 +59,6 @@ class LambdaDinov2PreTrainedModel(LambdaPreTrainedModel, Dinov2PreTrainedModel):
         "AutoModel": "LambdaDinov2Model",
         "AutoModelForImageClassification": "LambdaDinov2ForImageClassification",
     }
-    _can_merge_tokens = False  # the classifier's mean counts every patch once
     _head_reads = "class_token_and_patch_mean"
     _fit_image_size = staticmethod(use_interpolated_positions)
 
@@ -92,6 +91,18 @@ class LambdaDinov2Model(LambdaDinov2PreTrainedModel, Dinov2Model):
         self._follow_config()
         self.post_init()
 
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """As `Dinov2Model.forward`; with token merging `attention_mask` must be `None` (ValueError)."""
+        # Here the mask is the caller's: in a graph transformers makes one for the encoder where there is none.
+        kwargs = self._with_token_flow(attention_mask, kwargs)
+        return super().forward(pixel_values, bool_masked_pos, attention_mask, **kwargs)
+
 
 class LambdaDinov2ForImageClassification(LambdaDinov2PreTrainedModel, Dinov2ForImageClassification):
     """LambdaDinov2 with a linear head on the class token and the mean of the patch tokens, `(batch, 2 * hidden)`."""
@@ -109,11 +120,13 @@ class LambdaDinov2ForImageClassification(LambdaDinov2PreTrainedModel, Dinov2ForI
 class LambdaDinov2Backbone(LambdaDinov2PreTrainedModel, Dinov2Backbone):
     """LambdaDinov2 as a backbone. A folded model gives the feature maps of the unfolded one, to the bit."""
 
+    _can_merge_tokens = False  # it gives maps of all patches
     _final_norm = None  # it reads recorded states, which are as large as in an unfolded model
 
     def __init__(self, config: LambdaDinov2Config):
         Dinov2Backbone.__init__(self, config)
         self.encoder = LambdaDinov2Encoder(config)
+        self.encoder._can_merge_tokens = False
         self._follow_config()
         self.post_init()
 

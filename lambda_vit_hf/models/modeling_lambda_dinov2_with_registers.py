@@ -5,7 +5,7 @@ Everything that is not about removal is transformers' DINOv2 with registers. Sha
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersAttention,
     Dinov2WithRegistersBackbone,
@@ -62,7 +62,6 @@ class LambdaDinov2WithRegistersPreTrainedModel(LambdaPreTrainedModel, Dinov2With
         "AutoModel": "LambdaDinov2WithRegistersModel",
         "AutoModelForImageClassification": "LambdaDinov2WithRegistersForImageClassification",
     }
-    _can_merge_tokens = False  # the classifier's mean counts every patch once
     _head_reads = "class_token_and_patch_mean"
     _fit_image_size = staticmethod(use_interpolated_positions)
 
@@ -97,6 +96,18 @@ class LambdaDinov2WithRegistersModel(LambdaDinov2WithRegistersPreTrainedModel, D
         self._follow_config()
         self.post_init()
 
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """As `Dinov2WithRegistersModel.forward`; with token merging `attention_mask` must be `None` (ValueError)."""
+        # Here the mask is the caller's: in a graph transformers makes one for the encoder where there is none.
+        kwargs = self._with_token_flow(attention_mask, kwargs)
+        return super().forward(pixel_values, bool_masked_pos, attention_mask, **kwargs)
+
 
 class LambdaDinov2WithRegistersForImageClassification(
     LambdaDinov2WithRegistersPreTrainedModel, Dinov2WithRegistersForImageClassification
@@ -116,11 +127,13 @@ class LambdaDinov2WithRegistersForImageClassification(
 class LambdaDinov2WithRegistersBackbone(LambdaDinov2WithRegistersPreTrainedModel, Dinov2WithRegistersBackbone):
     """A backbone. A folded model gives the feature maps of the unfolded one, to the bit."""
 
+    _can_merge_tokens = False  # it gives maps of all patches
     _final_norm = None  # it reads recorded states, which are as large as in an unfolded model
 
     def __init__(self, config: LambdaDinov2WithRegistersConfig):
         Dinov2WithRegistersBackbone.__init__(self, config)
         self.encoder = LambdaDinov2WithRegistersEncoder(config)
+        self.encoder._can_merge_tokens = False
         self._follow_config()
         self.post_init()
 

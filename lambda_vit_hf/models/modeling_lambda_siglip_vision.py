@@ -59,7 +59,6 @@ class LambdaSiglipVisionPreTrainedModel(LambdaPreTrainedModel, SiglipPreTrainedM
         "AutoModel": "LambdaSiglipVisionModel",
         "AutoModelForImageClassification": "LambdaSiglipVisionForImageClassification",
     }
-    _can_merge_tokens = False  # what is pooled or averaged counts every patch once
     _head_reads, _num_special_tokens = "patch_mean", 0
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:

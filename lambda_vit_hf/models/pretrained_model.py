@@ -75,7 +75,8 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         """
         Merge each image's most similar tokens from now on, in blocks that keep attention (see `token_merging.py`). It
         needs no training, costs some accuracy, and is saved with the config. `hidden_states` have ever fewer tokens
-        then.
+        then. What leaves the last block has a feature for each patch again where the classifier reads patches
+        (DINOv2, SigLIP, CLIP); where it does not (ViT, DeiT), the tokens that are left.
 
         A layer that is being diluted counts as gone, and a layer called by itself (as the search for layers does)
         merges nothing.
@@ -86,7 +87,7 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
 
         Raises:
             ValueError: if a number is negative, the list's length is not that of the layers, `start` is no index of a
-                layer with attention, or the model needs every token (backbone, masked image modeling).
+                layer with attention, or the model needs every token (backbones, masked image modeling, DINOv3).
         """
         self._check_not_prepared()
         old = self.config.token_merging_r, self.config.token_merging_start
@@ -117,8 +118,8 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
     def _check_merging_is_possible(self) -> None:
         if any(self.config.token_merging_schedule()) and not self._can_merge_tokens:
             raise ValueError(
-                f"{type(self).__name__} needs a feature for every patch, so it cannot merge tokens. Pass"
-                " `token_merging_r=0` to `from_pretrained`."
+                f"{type(self).__name__} cannot merge tokens: its blocks need every patch, for maps of features or for"
+                " rotary positions. Pass `token_merging_r=0` to `from_pretrained`."
             )
 
     def _follow_config(self) -> None:
@@ -134,6 +135,17 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         Recorded `hidden_states` of a folded model are given as the paper's, as large as in an unfolded one.
         """
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        kwargs = self._with_token_flow(attention_mask, kwargs)
+        outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None and self.config.fold_removed:
+            pairs = zip(outputs.hidden_states, self.stream_scales(), strict=True)
+            outputs["hidden_states"] = tuple(None if x is None else x * scale for x, scale in pairs)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _with_token_flow(self, attention_mask, kwargs: dict) -> dict:
+        """`kwargs` of a call with what its blocks share where tokens get fewer; who called may have made it."""
+        if "token_flow" in kwargs:
+            return kwargs
         states = [layer.attention_state for layer in self.encoder_layers]
         schedule = self.config.token_merging_schedule([i for i, state in enumerate(states) if state == "kept"])
         recorded = any(
@@ -143,14 +155,11 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         only_class_token = self.class_token_only and attention_mask is None and not recorded
         if any(schedule):
             self._check_merging(attention_mask)
-        if any(schedule) or only_class_token:
-            last = self.config.mixing_layers[-1] if only_class_token else None
-            kwargs["token_flow"] = TokenFlow(schedule, recorded, last)
-        outputs = forward(inputs, attention_mask=attention_mask, return_dict=True, **kwargs)
-        if outputs.hidden_states is not None and self.config.fold_removed:
-            pairs = zip(outputs.hidden_states, self.stream_scales(), strict=True)
-            outputs["hidden_states"] = tuple(None if x is None else x * scale for x, scale in pairs)
-        return outputs if return_dict else outputs.to_tuple()
+        elif not only_class_token:
+            return kwargs
+        last = self.config.mixing_layers[-1] if only_class_token else None
+        restores_patches = "patch" in self._head_reads
+        return {**kwargs, "token_flow": TokenFlow(schedule, recorded, last, self.num_prefix_tokens, restores_patches)}
 
     def _check_merging(self, attention_mask) -> None:
         self._check_merging_is_possible()

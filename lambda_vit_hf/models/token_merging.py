@@ -1,11 +1,13 @@
 """Token merging: tokens that look alike to attention become one, between attention and MLP of a block.
 
-In each merging block the tokens are dealt into two sets, A and B, by turns. Each token of A is matched with the token
-of B whose key is most similar, the `r` best matched pairs are merged, and the rest go on as they are: `r` tokens fewer
-from there on. A merged token is the mean over the patches it stands for; how many these are is its size, and
-attention counts a key as often as its size says (`log(size)` is added to the attention logits).
+In each merging block the tokens of patches are dealt into two sets, B and A, by turns. Each token of A is matched with
+the token of B whose key is most similar, the `r` best matched pairs are merged, and the rest go on as they are: `r`
+tokens fewer from there on. A merged token is the mean over the patches it stands for; how many these are is its size,
+and attention counts a key as often as its size says (`log(size)` is added to the attention logits).
 
-The class token is the first of A and never merges. Shapes: `(batch, tokens, hidden)`; sizes `(batch, tokens, 1)`.
+Class token, distillation token and registers stand in front and never merge. Where a model's answer is made of all
+patches, the last block gives each patch the feature of the token it went into: so transformers' means and pooling
+count every patch once. Shapes: `(batch, tokens, hidden)`; sizes `(batch, tokens, 1)`.
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), section 3, from its text.
 """
 
@@ -39,57 +41,94 @@ class TokenFlow:
         schedule (`list[int]`): tokens to merge in each block.
         is_recorded (`bool`, *optional*, defaults to `False`): whether hidden states or attentions are asked for.
         class_token_from (`int`, *optional*): block from whose attention on only the class token is computed.
+        num_prefix_tokens (`int`, *optional*, defaults to 1): tokens in front of those of patches.
+        restores_patches (`bool`, *optional*, defaults to `False`): whether the last block gives every patch a feature.
         sizes (`dict[int, torch.Tensor]`): patches that each token stands for, `(batch, tokens, 1)`, before each block;
             `None` while nothing has merged. Kept for every block: gradient checkpointing computes some a second time.
+        places (`dict[int, torch.Tensor]`): the same for where the tokens of the image are, see `merge_tokens`.
     """
 
     schedule: list[int]
     is_recorded: bool = False
     class_token_from: int | None = None
+    num_prefix_tokens: int = 1
+    restores_patches: bool = False
     sizes: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    places: dict[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def keep(self, block: int) -> None:
+        """Note that this block merges nothing."""
+        self.sizes[block + 1], self.places[block + 1] = self.sizes.get(block), self.places.get(block)
+
+    def merge(self, block: int, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """What this block's schedule leaves of its tokens; arguments as of `merge_tokens`."""
+        merged, self.sizes[block + 1], self.places[block + 1] = merge_tokens(
+            hidden_states, self.sizes.get(block), keys, self.schedule[block], self.num_prefix_tokens,
+            self.places.get(block),
+        )  # fmt: skip
+        return merged
+
+    def restore(self, block: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What leaves this block: from the last one, where that is asked for, a feature for each patch again."""
+        places = self.places.get(block + 1)
+        if not self.restores_patches or block + 1 < len(self.schedule) or places is None:
+            return hidden_states
+        return hidden_states.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
-def most_mergeable(num_tokens: int) -> int:
-    """Tokens that one block can merge at most: all of set A but the class token."""
-    return (num_tokens - 1) // 2
+def most_mergeable(num_tokens: int, num_prefix_tokens: int = 1) -> int:
+    """Tokens that one block can merge at most: all of set A."""
+    return (num_tokens - num_prefix_tokens) // 2
 
 
 def merge_tokens(
-    hidden_states: torch.Tensor, sizes: torch.Tensor | None, keys: torch.Tensor, r: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    hidden_states: torch.Tensor,
+    sizes: torch.Tensor | None,
+    keys: torch.Tensor,
+    r: int,
+    num_prefix_tokens: int = 1,
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
     Merge the `r` most similar pairs of tokens.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): class token first.
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`): tokens that never merge first.
         sizes (`torch.Tensor` of shape `(batch, tokens, 1)`, *optional*): patches that each token stands for; `None`
             where nothing has merged yet: one each.
         keys (`torch.Tensor` of shape `(batch, heads, tokens, head width)`): of this block's attention. No gradient
             flows through the choice of pairs.
         r (`int`): pairs to merge; capped at `most_mergeable(tokens)`, with a warning (once).
+        num_prefix_tokens (`int`, *optional*, defaults to 1): how many never merge.
+        places (`torch.Tensor` of shape `(batch, tokens of the image)`, *optional*): for each token that the image had,
+            which of these it is in; `None` where nothing has merged yet.
 
     Returns:
-        Tokens `(batch, tokens - r, hidden)`, class token first, then what is left of A, then B; and their sizes, which
-        sum to the number of tokens before any merging. With `r = 0` the arguments themselves.
+        Tokens `(batch, tokens - r, hidden)`, those that never merge first, then what is left of A, then B; their
+        sizes, which sum to the number of tokens before any merging; and the places of the image's tokens among them.
+        With `r = 0` the arguments themselves.
     """
     num_tokens = hidden_states.shape[1]
-    if r > most_mergeable(num_tokens):
+    most = most_mergeable(num_tokens, num_prefix_tokens)
+    if r > most:
         if not torch.compiler.is_compiling():
             logger.warning_once(
                 f"`token_merging_r` asks to merge {r} tokens in a block that has less than twice as many. At most half"
                 " of the tokens can merge in one block, and do."
             )
-        r = most_mergeable(num_tokens)
+        r = most
     if r == 0:
-        return hidden_states, sizes
-    merged, left, partner = _match(keys, r)
+        return hidden_states, sizes, places
+    pairs = _match(keys[:, :, num_prefix_tokens:], r)
     # Means of half-precision tokens are taken in float32: a sum of large tokens would leave the range of float16.
     accumulated = hidden_states if hidden_states.dtype is torch.float64 else hidden_states.float()
     if sizes is None:
         sizes = accumulated.new_ones(hidden_states.shape[0], num_tokens, 1)
-    weighted = _combine(accumulated * sizes, merged, left, partner)
-    sizes = _combine(sizes, merged, left, partner)
-    return (weighted / sizes).to(hidden_states.dtype), sizes
+    weighted = _combine(accumulated * sizes, num_prefix_tokens, *pairs)
+    sizes = _combine(sizes, num_prefix_tokens, *pairs)
+    moved_to = _new_places(num_tokens, num_prefix_tokens, *pairs)
+    places = moved_to if places is None else moved_to.gather(1, places)
+    return (weighted / sizes).to(hidden_states.dtype), sizes, places
 
 
 def proportional_attention(sizes: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -104,19 +143,39 @@ def _match(keys: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torc
     device_type = "cpu" if keys.is_meta else keys.device.type
     with torch.autocast(device_type, enabled=False):
         directions = torch.nn.functional.normalize(keys.float().mean(dim=1), dim=-1)
-        similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
+        similarity = directions[:, 1::2] @ directions[:, ::2].transpose(1, 2)
     best, partner = similarity.max(dim=-1)
-    # The class token comes last in order of similarity, so it is always left; and sorted by place, it stays first.
-    best = torch.cat([torch.full_like(best[:, :1], -2.0), best[:, 1:]], dim=1)
     order = best.argsort(dim=1, descending=True)
     merged, left = order[:, :r], order[:, r:].sort(dim=1).values
     return merged, left, partner.gather(1, merged)
 
 
-def _combine(values: torch.Tensor, merged: torch.Tensor, left: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-    """What is left of A, then B with the merged values added to their partners. `(batch, tokens - r, width)`."""
+def _combine(
+    values: torch.Tensor, num_prefix_tokens: int, merged: torch.Tensor, left: torch.Tensor, partner: torch.Tensor
+) -> torch.Tensor:
+    """What never merges, what is left of A, then B with the merged values added. `(batch, tokens - r, width)`."""
     width = values.shape[-1]
-    set_a, set_b = values[:, ::2], values[:, 1::2]
+    prefix, patches = values[:, :num_prefix_tokens], values[:, num_prefix_tokens:]
+    set_a, set_b = patches[:, 1::2], patches[:, ::2]
     moved = set_a.gather(1, merged.unsqueeze(-1).expand(-1, -1, width))
     stay = set_a.gather(1, left.unsqueeze(-1).expand(-1, -1, width))
-    return torch.cat([stay, set_b.scatter_add(1, partner.unsqueeze(-1).expand(-1, -1, width), moved)], dim=1)
+    return torch.cat([prefix, stay, set_b.scatter_add(1, partner.unsqueeze(-1).expand(-1, -1, width), moved)], dim=1)
+
+
+def _new_places(
+    num_tokens: int, num_prefix_tokens: int, merged: torch.Tensor, left: torch.Tensor, partner: torch.Tensor
+) -> torch.Tensor:
+    """Where `_combine` puts each of the tokens. `(batch, tokens)`."""
+    num_left, first_of_b = left.shape[1], num_prefix_tokens + left.shape[1]
+    places = torch.arange(num_tokens, device=left.device).expand(left.shape[0], -1)
+    prefix, patches = places[:, :num_prefix_tokens], places[:, num_prefix_tokens:]
+    set_b = first_of_b + torch.arange(patches[:, ::2].shape[1], device=left.device).expand(left.shape[0], -1)
+    stay = num_prefix_tokens + torch.arange(num_left, device=left.device).expand(left.shape[0], -1)
+    set_a = patches[:, 1::2].scatter(1, left, stay).scatter(1, merged, first_of_b + partner)
+    return torch.cat([prefix, _dealt_back(set_b, set_a)], dim=1)
+
+
+def _dealt_back(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """One sequence by turns; `first` may be longer by one."""
+    pairs = torch.stack([first[:, : second.shape[1]], second], dim=2).flatten(1)
+    return torch.cat([pairs, first[:, second.shape[1] :]], dim=1)

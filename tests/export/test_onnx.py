@@ -207,10 +207,11 @@ def test_an_encoder_gives_its_features_in_each_precision(state, tmp_path, pixel_
         assert (compare_onnx(model, files[name], seven).max_difference > 1e-4) == (name != "fp32")
 
 
-def test_an_encoder_without_pooler_runs_in_every_engine(tmp_path, pixel_values):
+@pytest.mark.parametrize("state", ["prepared", "merged"])
+def test_an_encoder_without_pooler_runs_in_every_engine(state, tmp_path, pixel_values):
     torch.manual_seed(0)
     model = perturb(LambdaDinov2Model(LambdaDinov2Config(**TINY)))
-    STATES["prepared"](model)
+    STATES[state](model)
     with torch.no_grad():
         expected = model(pixel_values).last_hidden_state
     assert export_program(model, tmp_path / "model.pt2").cosine > 0.999999

@@ -285,13 +285,6 @@ def test_a_name_that_leads_to_no_model_is_named(tmp_path, name, said):
         assert name in str(caught.value)
 
 
-def test_token_merging_is_refused_where_every_patch_counts():
-    for model_type in set(FAMILIES) - {"vit"}:
-        config = family_class(model_type, "Config")(**SHAPE, token_merging_r=1)
-        with pytest.raises(ValueError, match="cannot merge tokens"):
-            family_class(model_type, "ForImageClassification")(config)
-
-
 def test_a_class_of_one_family_refuses_checkpoints_of_another(tmp_path):
     BARE["clip_vision_model"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="clip_vision_model"):

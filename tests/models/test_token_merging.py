@@ -57,31 +57,31 @@ def merging(removed):
 @pytest.mark.parametrize("r", [1, 5, 8])
 def test_sizes_sum_to_the_number_of_tokens(tokens, r):
     hidden_states, keys = tokens
-    merged, sizes = merge_tokens(hidden_states, None, keys, r)
+    merged, sizes, _ = merge_tokens(hidden_states, None, keys, r)
     assert merged.shape == (2, 17 - r, 32)
     assert torch.equal(sizes.sum(dim=1), torch.full((2, 1), 17.0))
-    merged, sizes = merge_tokens(merged, sizes, keys[:, :, : 17 - r], 2)
+    merged, sizes, _ = merge_tokens(merged, sizes, keys[:, :, : 17 - r], 2)
     assert torch.equal(sizes.sum(dim=1), torch.full((2, 1), 17.0))
 
 
 def test_the_sum_over_patches_is_kept(tokens):
     hidden_states, keys = tokens
-    merged, sizes = merge_tokens(hidden_states, None, keys, 6)
-    merged, sizes = merge_tokens(merged, sizes, keys[:, :, :11], 4)
+    merged, sizes, _ = merge_tokens(hidden_states, None, keys, 6)
+    merged, sizes, _ = merge_tokens(merged, sizes, keys[:, :, :11], 4)
     torch.testing.assert_close((merged * sizes).sum(dim=1), hidden_states.sum(dim=1), rtol=0, atol=1e-5)
 
 
 def test_nothing_to_merge_is_the_identity(tokens):
     hidden_states, keys = tokens
     sizes = torch.ones(2, 17, 1)
-    assert merge_tokens(hidden_states, sizes, keys, 0) == (hidden_states, sizes)
+    assert merge_tokens(hidden_states, sizes, keys, 0) == (hidden_states, sizes, None)
 
 
 def test_the_class_token_never_merges(tokens):
     hidden_states, keys = tokens
     keys = keys.clone()
     keys[:, :, 0] = keys[:, :, 1]  # the class token looks like its neighbour
-    merged, sizes = merge_tokens(hidden_states, None, keys, most_mergeable(17))
+    merged, sizes, _ = merge_tokens(hidden_states, None, keys, most_mergeable(17))
     assert torch.equal(merged[:, 0], hidden_states[:, 0])
     assert torch.equal(sizes[:, 0], torch.ones(2, 1))
 
@@ -90,7 +90,7 @@ def test_the_most_similar_pairs_merge(tokens):
     hidden_states, keys = tokens
     keys = keys.clone()
     keys[:, :, 4], keys[:, :, 10] = 3 * keys[:, :, 7], keys[:, :, 13]  # of A and B: the same direction
-    merged, sizes = merge_tokens(hidden_states, None, keys, 2)
+    merged, sizes, _ = merge_tokens(hidden_states, None, keys, 2)
     assert sorted(sizes[0].flatten().tolist()) == [1.0] * 13 + [2.0] * 2
     b = 17 // 2 + 1 - 2  # tokens of A that are left stand before those of B
     torch.testing.assert_close(merged[:, b + 3], (hidden_states[:, 4] + hidden_states[:, 7]) / 2)
@@ -124,7 +124,7 @@ def test_attention_counts_a_key_as_often_as_its_size(merging):
 
 def test_large_float16_tokens_stay_finite():
     hidden_states = torch.full((1, 17, 4), 60000.0, dtype=torch.float16)
-    merged, _ = merge_tokens(hidden_states, None, torch.randn(1, 2, 17, 4).half(), 8)
+    merged, _, _ = merge_tokens(hidden_states, None, torch.randn(1, 2, 17, 4).half(), 8)
     assert torch.equal(merged, hidden_states[:, :9])
 
 
@@ -346,9 +346,9 @@ def test_autocast_does_not_change_which_tokens_are_alike(dtype):
     common = torch.randn(1, 1, 1, 64, generator=generator)
     keys = common + 0.08 * torch.randn(1, 1, 33, 64, generator=generator)
     hidden_states = torch.randn(1, 33, 8, generator=generator)
-    expected, _ = merge_tokens(hidden_states, None, keys, 8)
+    expected, _, _ = merge_tokens(hidden_states, None, keys, 8)
     with torch.autocast("cpu", dtype):
-        found, _ = merge_tokens(hidden_states, None, keys, 8)
+        found, _, _ = merge_tokens(hidden_states, None, keys, 8)
     assert torch.equal(found, expected)
 
 
@@ -359,6 +359,6 @@ def test_tokens_are_alike_by_the_direction_of_their_keys_not_by_their_length():
     keys[0, 0, 3] = torch.tensor([0.1, 0.0, 0.0, 0.0])  # the same direction as token 2
     keys[0, 0, 5] = torch.tensor([50.0, 50.0, 0.0, 0.0])  # a larger product with it
     hidden_states = torch.randn(1, 9, 8, generator=generator)
-    merged, sizes = merge_tokens(hidden_states, None, keys, 1)
+    merged, sizes, _ = merge_tokens(hidden_states, None, keys, 1)
     (place,) = (sizes[0, :, 0] == 2).nonzero().flatten().tolist()
     torch.testing.assert_close(merged[0, place], (hidden_states[0, 2] + hidden_states[0, 3]) / 2)
