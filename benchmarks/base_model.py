@@ -11,8 +11,8 @@ import torch
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.label_strategies import LABEL_STRATEGIES
 from benchmarks.linear_maps import change_by_linear_maps, choose_for_linear_maps, with_linear_maps
+from benchmarks.more_strategies import MORE_STRATEGIES
 from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf.data.dataset import collate
 from lambda_vit_hf.selection.masked_forward import MASKS, OUTPUTS, MaskedForward
@@ -83,7 +83,7 @@ class BaseModel:
         """
         Every strategy at every number of removed layers, for each `fade_to`: layers, what taking them out changes
         (transfer entropy and KL divergence in nats, top-1), nothing trained. `"nose:skip"` is `"nose"` with the mask
-        `"skip"`, whatever attention fades to; `"random:3"` is another draw than `"random:2"`; `label_strategies` has
+        `"skip"`, whatever attention fades to; `"random:3"` is another draw than `"random:2"`; `more_strategies` has
         more. Of `"linear"`, layers are chosen with the mask `"skip"`.
         """
         runs = []
@@ -91,8 +91,8 @@ class BaseModel:
             strategy, _, option = name.partition(":")
             if option and option not in MASKS and not option.isdigit():
                 raise ValueError(f"{name!r}: a mask of {list(MASKS)} or the number of a draw comes after the colon.")
-            if strategy in LABEL_STRATEGIES:
-                strategy = functools.partial(LABEL_STRATEGIES[strategy], labels=self.labels)
+            if strategy in MORE_STRATEGIES:
+                strategy = functools.partial(MORE_STRATEGIES[strategy], labels=self.labels)
             seed = {"seed": 1000 * self.seed + int(option)} if option.isdigit() else {}
             mask = option if option in MASKS else "skip" if fade_to == "linear" else fade_to
             selection = self.select(strategy, num_layers, mask=mask, **seed)

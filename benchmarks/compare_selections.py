@@ -14,8 +14,9 @@ whole model too, for as long: the control); what NOSE picks with each output, ma
 the correlation of transfer entropy with the loss of accuracy. `--fades identity skip linear` does it for each thing
 that can take the place of attention (linear maps are there at once, see `fit_linear_maps`), and `--budgets 2 6` for
 trainings of so many epochs. A strategy masks as attention fades, but `nose:skip` always by `skip`; `random:0 random:1`
-are several draws; `loss` and `loss_gradient` use labels. `--blocks` removes whole blocks too, as many as save the
-same. Other options override fields of the recipe; with `--distillation` the teacher is the base model.
+are several draws; `loss` and `loss_gradient` use labels, `learned_lambdas` follows the gradient of the KL divergence.
+`--blocks` removes whole blocks too, as many as save the same. Other options override fields of the recipe; with
+`--distillation` the teacher is the base model.
 
 The last tables: how far each strategy ends behind the best of all sets that were trained (its regret), and which
 figure taken before training ranks the trained sets as training does.

@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from benchmarks.base_model import OPEN_CHOICES, BaseModel, correlations, draw_sets, masked_top1, rank_correlation
+from benchmarks.more_strategies import _with_sum
 from benchmarks.whole_blocks import choose_blocks, count_equal_blocks, without_blocks
 from lambda_vit_hf import LambdaViTForImageClassification
 from lambda_vit_hf.evaluation.accounting import count_macs
@@ -157,6 +159,38 @@ def test_the_gradient_of_the_loss_is_that_by_lambda(model, items, mask):
     slopes = [abs(loss(layer, 1.0) - loss(layer, 1 - 1e-4)) for layer in range(6)]
     (run,) = select_by_labels("loss_gradient", model, items, mask)
     assert run["order"] == sorted(range(6), key=slopes.__getitem__)[:2]
+
+
+@pytest.mark.parametrize("mask", ["skip", "identity"])
+def test_learned_lambdas_minimise_the_divergence_at_their_sum(model, items, mask):
+    model = model.double()
+    model.set_fade_to(mask)
+    images = torch.stack([item["pixel_values"] for item in items])
+    with torch.no_grad():
+        whole = model(images).logits.log_softmax(-1)
+
+    def divergence(lambdas):
+        for layer, value in enumerate(lambdas):
+            model.encoder_layers[layer].set_attention_lambda(float(value))
+        with torch.no_grad():
+            masked = model(images).logits.log_softmax(-1)
+        model.set_attention_lambda(1.0, range(6))
+        return (whole.exp() * (whole - masked)).sum(-1).mean().item()
+
+    kept = {"type": "eq", "fun": lambda lambdas: lambdas.sum() - 4}
+    found = minimize(divergence, np.full(6, 4 / 6), bounds=[(0, 1)] * 6, constraints=kept, options={"ftol": 1e-12})
+    assert found.success
+    (run,) = select_by_labels("learned_lambdas", model, items, mask)
+    assert set(run["layers"]) == set(np.argsort(found.x)[:2])
+
+
+def test_lambdas_of_a_sum_are_the_nearest_ones():
+    values = torch.tensor([0.9, 0.8, -0.3, 1.4, 0.2])
+    found = _with_sum(values, 3.0)
+    assert found.sum().item() == pytest.approx(3.0) and found.min() >= 0 and found.max() <= 1
+    inside = (found > 0) & (found < 1)
+    moved = (found - values)[inside]
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved))
 
 
 def test_a_model_without_blocks_is_one_that_never_had_them(model, pixel_values):
