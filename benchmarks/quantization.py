@@ -3,20 +3,19 @@
     python -m benchmarks.quantization outputs/mine --dataset_dir DIR --output outputs/quantization.json
     python -m benchmarks.quantization --show results/quantization_dinov2_small.json
 
-`dynamic` is what `lambda-vit export --int8` writes. `static` quantises the same layers (QDQ), activations scaled by
-their least and largest value, or a percentile, on training images. Top-1 is on validation images, speed in turns on
-noise.
+`dynamic` is what `lambda-vit export --int8` writes; `static` quantises the same layers (QDQ), activations scaled by
+their least and largest value on training images (`--int8_scales static`), or by a percentile. Top-1 is on validation
+images, speed in turns on noise.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from lambda_vit_hf.cli.images import add_dataset_options, dataset_options
 from lambda_vit_hf.cli.runner import run_program
@@ -29,37 +28,24 @@ from lambda_vit_hf.evaluation.throughput import (
     markdown_table,
     speedup,
 )
-from lambda_vit_hf.export.onnx import export_onnx, quantize_onnx
+from lambda_vit_hf.export.onnx import export_onnx
+from lambda_vit_hf.export.precision import CalibrationImages, quantize_onnx
 from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 
 
-METHODS = {
-    "static, least and largest": (CalibrationMethod.MinMax, {}),
-    "static, 99.99 %": (CalibrationMethod.Percentile, {"CalibPercentile": 99.99}),
-}
-
-
-class CalibrationImages(CalibrationDataReader):
-    """Batches of images, as onnxruntime asks for them."""
-
-    def __init__(self, images: torch.Tensor, batch_size: int = 16):
-        self.batches: Iterator[torch.Tensor] = iter(images.split(batch_size))
-
-    def get_next(self) -> dict | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {"pixel_values": batch.numpy()}
-
-
-def quantize_static_onnx(source: Path, path: Path, images: torch.Tensor, method: str) -> None:
-    """Linear layers in int8, weights of 7 bits per channel as in [`quantize_onnx`], one scale per activation."""
-    calibrate_method, options = METHODS[method]
+def quantize_by_percentile(source: Path, path: Path, images: torch.Tensor) -> None:
+    """As [`quantize_onnx`] with calibration images, but scales leave out the most extreme 0.01 % of the values."""
     quantize_static(
         str(source), str(path), CalibrationImages(images), quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=calibrate_method,
-        extra_options={"MatMulConstBOnly": True, **options},
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.Percentile,
+        extra_options={"MatMulConstBOnly": True, "CalibPercentile": 99.99},
     )  # fmt: skip
+
+
+METHODS = {"static, least and largest": quantize_onnx, "static, 99.99 %": quantize_by_percentile}
 
 
 def measure(model_name: str, num_images: int, num_calibration_images: int, batch_size: int, **dataset) -> dict:
@@ -71,8 +57,8 @@ def measure(model_name: str, num_images: int, num_calibration_images: int, batch
         files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(("fp32", "dynamic", *METHODS))}
         export_onnx(model, files["fp32"], images[:3])
         quantize_onnx(files["fp32"], files["dynamic"])
-        for method in METHODS:
-            quantize_static_onnx(files["fp32"], files[method], calibration, method)
+        for method, quantize in METHODS.items():
+            quantize(files["fp32"], files[method], calibration)
         runs = {name: run_session(path) for name, path in files.items()}
         logits = {name: torch.cat([run(batch) for batch in images.split(50)]) for name, run in runs.items()}
         noise = torch.randn(batch_size, *images.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,8 @@
     python outputs/digits_onnx/serve.py picture.png
     lambda-vit push outputs/digits_int8 me/digits-ONNX
 
-The folder of ONNX files is what transformers.js and optimum read; its `serve.py` needs onnxruntime alone.
+The folder of ONNX files is what transformers.js and optimum read; its `serve.py` needs onnxruntime alone. `--openvino`
+puts OpenVINO's files beside them, as optimum-intel reads them (pip install 'lambda-vit-hf[openvino]').
 Takes any ViT checkpoint with a trained class head, or an encoder without one (saved from a class `...Model`), of the
 Hub or on disk, removed layers or not. With a dataset, the comparison runs on images of its validation split, else on
 noise. `--token_merging_r 8` exports the model with that token merging.
@@ -15,6 +16,7 @@ Needs onnx, onnxruntime and onnxscript: pip install 'lambda-vit-hf[export]'.
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from .images import add_dataset_options, dataset_options, dataset_place
@@ -28,16 +30,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="must not exist, or be empty")
     add("--format", choices=["onnx", "torch_export"], default="onnx")
     add("--int8", action="store_true", help="also with 8-bit linear layers (onnx)")
+    add(
+        "--int8_scales",
+        choices=["dynamic", "static"],
+        help="of int8's activations: each image's own (default), or fixed, from training images of the dataset",
+    )
+    add("--num_calibration_images", type=int, default=128, help="for --int8_scales static")
     add("--fp16", action="store_true", help="also in float16 (onnx)")
+    add("--openvino", action="store_true", help="also OpenVINO's files (onnx)")
     add("--token_merging_r", type=int, help="tokens merged per block that keeps attention")
     add("--token_merging_start", type=int, default=0, help="first of these blocks that merges")
     add("--num_images", type=int, default=256, help="to compare on, of the validation split, evenly spaced")
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)
-    if (arguments.int8 or arguments.fp16) and arguments.format != "onnx":
-        parser.error("--int8 and --fp16 are for --format onnx")
-    if arguments.num_images < 1:
-        parser.error("--num_images must be at least 1")
+    if (arguments.int8 or arguments.fp16 or arguments.openvino) and arguments.format != "onnx":
+        parser.error("--int8, --fp16 and --openvino are for --format onnx")
+    if arguments.int8_scales and not arguments.int8:
+        parser.error("--int8_scales goes with --int8")
+    if arguments.int8_scales == "static" and dataset_place(arguments) is None:
+        parser.error("--int8_scales static needs training images: name a dataset")
+    if min(arguments.num_images, arguments.num_calibration_images) < 1:
+        parser.error("--num_images and --num_calibration_images must be at least 1")
     return arguments
 
 
@@ -51,23 +64,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..export.serving_folder import export_for_serving
     from ..models.checksums import write_checksums
 
+    if arguments.openvino:
+        import_module("openvino")  # who lacks it should know before the model is loaded
     check_output_dir(arguments.output_dir)
     model = load_classifier_or_encoder(arguments.model)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
     model.prepare_for_inference()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
-    images = None
+    images = calibration = None
     if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import processed_images  # needs the extra `train`
 
-        images = processed_images(
-            image_processor=processor, num_images=arguments.num_images, **dataset_options(arguments)
-        )
+        options = dataset_options(arguments)
+        images = processed_images(image_processor=processor, num_images=arguments.num_images, **options)
+        if arguments.int8_scales == "static":
+            number = arguments.num_calibration_images
+            calibration = processed_images(
+                image_processor=processor, num_images=number, **{**options, "split": "train"}
+            )
     if arguments.format == "onnx":
         checks = export_for_serving(
-            model, processor, arguments.output_dir, images, int8=arguments.int8, fp16=arguments.fp16
-        )
+            model, processor, arguments.output_dir, images,
+            int8=arguments.int8, fp16=arguments.fp16, openvino=arguments.openvino, calibration=calibration,
+        )  # fmt: skip
     else:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         checks = [export_program(model, arguments.output_dir / "model.pt2", images)]

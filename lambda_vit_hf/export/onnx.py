@@ -1,8 +1,8 @@
-"""Export to ONNX for any batch size, 8-bit ONNX and `torch.export`; each compared with the model it came from."""
+"""Export to ONNX for any batch size, and to `torch.export`; each compared with the model it came from."""
 
-import logging
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: torch.Tensor | None 
         )
         _drop_stack_traces(unchecked)
         check = compare_onnx(model, unchecked, images)
-        _check_tolerance(check, model)
+        check_tolerance(check, model)
         unchecked.replace(path)
     return check
 
@@ -135,93 +135,6 @@ def _drop_stack_traces(path: Path) -> None:
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         part.ClearField("metadata_props")
     onnx.save(model, path)
-
-
-def quantize_onnx(source: str | Path, path: str | Path) -> None:
-    """
-    Turn the linear layers of an ONNX file into 8-bit integers: weights per output channel, activations as they come.
-
-    Weights use 7 of their 8 bits. CPUs with AVX2 or AVX-512 but without VNNI add pairs of products of an activation
-    (0 to 255) and a weight in 16 bits: with weights up to 127 these sums would saturate in silence, with weights up
-    to 64 they cannot, so that the file gives the same answers on every CPU. Source: onnxruntime's documentation of
-    quantization, "When to use reduce-range".
-
-    onnxruntime gives the activations of a batch one scale, and an image's logits would depend on the others: so the
-    graph takes the images of a batch one by one (ONNX operator Scan).
-
-    Nothing needs calibration. Accuracy has to be looked at: compare with [`compare_onnx`] on real images.
-
-    Args:
-        source (`str` or `Path`): an ONNX file in float32.
-        path (`str` or `Path`): the file to write, about a quarter of the size.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises a preprocessing step that changes nothing in these graphs
-    try:
-        quantize_dynamic(
-            str(source), str(path), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            reduce_range=True, weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
-        )  # fmt: skip
-    finally:
-        root.setLevel(level)
-    _take_images_one_by_one(path)
-
-
-def _take_images_one_by_one(path: str | Path) -> None:
-    """Put the graph of a file, from `pixel_values` to its outputs, into a Scan over the images of the batch."""
-    import onnx
-    from onnx import helper
-
-    model = onnx.load(path)
-    (pixel_values,), outputs = model.graph.input, model.graph.output
-    body = onnx.GraphProto()
-    body.CopyFrom(model.graph)
-    for field in ("input", "output", "value_info"):  # shapes of whole batches
-        body.ClearField(field)
-    outer = {value.name for value in (pixel_values, *outputs)}
-    for node in body.node:  # a name of the outer graph may not come back in the inner one
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                if name in outer:
-                    names[index] = f"{name}_of_one"
-    of_image = {}
-    for value in (pixel_values, *outputs):
-        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
-        name = f"{value.name}_of_image"
-        of_image[value.name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
-    body.input.append(of_image.pop(pixel_values.name))
-    body.output.extend(of_image.values())
-    body.initializer.append(helper.make_tensor("batch_axis", onnx.TensorProto.INT64, [1], [0]))
-    one = f"{pixel_values.name}_of_one"
-    body.node.insert(0, helper.make_node("Unsqueeze", [body.input[0].name, "batch_axis"], [one]))
-    for name, value in of_image.items():
-        body.node.append(helper.make_node("Squeeze", [f"{name}_of_one", "batch_axis"], [value.name]))
-    scan = helper.make_node("Scan", [pixel_values.name], list(of_image), num_scan_inputs=1, body=body)
-    model.graph.CopyFrom(helper.make_graph([scan], model.graph.name, [pixel_values], outputs))
-    onnx.save(model, path)
-
-
-def halve_onnx(source: str | Path, path: str | Path) -> None:
-    """
-    Turn an ONNX file in float32 into one in float16 that still takes and gives float32, as transformers.js feeds it.
-
-    Args:
-        source (`str` or `Path`): an ONNX file in float32.
-        path (`str` or `Path`): the file to write, about half of the size.
-    """
-    import onnx
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-
-    least, largest = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
-    # Token merging adds with ScatterElements, which onnxruntime's CPU kernels do not do in float16.
-    halved = convert_float_to_float16(
-        onnx.load(source), keep_io_types=True, min_positive_val=float(least), max_finite_val=float(largest),
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, "ScatterElements"],
-    )  # fmt: skip
-    onnx.save(halved, path)
 
 
 def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> ExportCheck:
@@ -247,8 +160,8 @@ def export_program(model: nn.Module, path: str | Path, images: torch.Tensor | No
         found = loaded(batch)
         return found if isinstance(found, tuple) else (found,)
 
-    check = _compare(model, run, images, Path(path))
-    _check_tolerance(check, model)
+    check = compare_outputs(model, run, images, Path(path))
+    check_tolerance(check, model)
     return check
 
 
@@ -273,7 +186,7 @@ def compare_onnx(
     def run(batch: torch.Tensor) -> list[torch.Tensor]:
         return [torch.from_numpy(one) for one in session.run(None, {"pixel_values": batch.cpu().numpy()})]
 
-    return _compare(model, run, images, Path(path), batch_size)
+    return compare_outputs(model, run, images, Path(path), batch_size)
 
 
 def _check_exportable(model: nn.Module) -> None:
@@ -313,7 +226,14 @@ def _example(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _compare(model: nn.Module, run, images: torch.Tensor, path: Path, batch_size: int = 32) -> ExportCheck:
+def compare_outputs(
+    model: nn.Module,
+    run: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    images: torch.Tensor,
+    path: Path,
+    batch_size: int = 32,
+) -> ExportCheck:
+    """Outputs of a model and of `run`, which computes a batch's outputs by the file `path`, on `images`."""
     rest = images[1:].split(batch_size) if len(images) > 1 else ()
     differences, agreements = [], []
     for batch in (images[:1], *rest):  # batch sizes that were not traced
@@ -329,7 +249,8 @@ def _compare(model: nn.Module, run, images: torch.Tensor, path: Path, batch_size
     return ExportCheck(path.name, path.stat().st_size, len(images), torch.stack(differences).max().item(), *scores)
 
 
-def _check_tolerance(check: ExportCheck, model: nn.Module) -> None:
+def check_tolerance(check: ExportCheck, model: nn.Module) -> None:
+    """ValueError where outputs differ by more than `TOLERANCE`, 30 times as much in half precision."""
     tolerance = TOLERANCE if next(model.parameters()).dtype in (torch.float32, torch.float64) else 30 * TOLERANCE
     if not np.isfinite(check.max_difference) or check.max_difference > tolerance:
         raise ValueError(f"The exported model is another function (tolerance {tolerance}). {check}.")

@@ -1,8 +1,10 @@
-"""A folder in the Hub's layout of ONNX models, which transformers.js, optimum and onnxruntime alone can serve."""
+"""A folder in the Hub's layout of ONNX models: for transformers.js, optimum, OpenVINO and onnxruntime alone."""
 
+import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from ..data import decoding
 from ..hub.exported_folder import MODEL_CONFIG
 from ..models import checksums
 from ..models.checksums import write_checksums
-from .onnx import ExportCheck, compare_onnx, export_onnx, halve_onnx, images_for, quantize_onnx
+from .onnx import ExportCheck, compare_onnx, export_onnx, images_for
+from .openvino_ir import export_openvino
+from .precision import halve_onnx, quantize_onnx
 from .preprocessing import describe_preprocessing
 
 
@@ -29,13 +33,16 @@ def export_for_serving(
     images: torch.Tensor | None = None,
     int8: bool = False,
     fp16: bool = False,
+    openvino: bool = False,
+    calibration: torch.Tensor | None = None,
 ) -> list[ExportCheck]:
     """
     Write a folder in the layout of https://huggingface.co/docs/transformers.js: `config.json` (`model_type: vit`, for
     any family: a runner of the graph needs to know no more), `lambda_config.json` (the model's own),
-    `preprocessor_config.json`, `onnx/model.onnx`, and on request `onnx/model_fp16.onnx` and
-    `onnx/model_quantized.onnx`. Beside them, for a classifier, `serve.py`, which needs onnxruntime, numpy and Pillow
-    only, with `decoding.py` and `checksums.py`; a README; and `SHA256SUMS` of all. The folder appears at once, whole.
+    `preprocessor_config.json`, `onnx/model.onnx`, and on request `onnx/model_fp16.onnx`, `onnx/model_quantized.onnx`
+    and `openvino/openvino_model.xml` with its `.bin`. Beside them, for a classifier, `serve.py`, which needs
+    onnxruntime, numpy and Pillow only, with `decoding.py` and `checksums.py`; a README; and `SHA256SUMS` of all. The
+    folder appears at once, whole.
 
     Args:
         model ([`LambdaViTForImageClassification`], any image classifier or encoder): in eval mode, float32.
@@ -45,12 +52,17 @@ def export_for_serving(
             Processed real images to compare on; by default three images of noise.
         int8 (`bool`, *optional*, defaults to `False`): also with 8-bit linear layers (see [`quantize_onnx`]).
         fp16 (`bool`, *optional*, defaults to `False`): also in float16 (see [`halve_onnx`]).
+        openvino (`bool`, *optional*, defaults to `False`): also for OpenVINO, in float32.
+        calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+            Processed training images: int8 takes the scales of its activations from them, once for all. By default
+            each image has its own.
 
     Returns:
         `list` of [`ExportCheck`]: of each graph in the folder against the PyTorch model.
 
     Raises:
         FileExistsError: if the folder is not empty.
+        ImportError: without OpenVINO, where it is asked for.
         ValueError: if the model is neither classifier nor encoder, or does not take float32 RGB images; on an option
             of the image processor that transformers.js does not honour, which is named; on a difference in outputs;
             and in int8 or float16 on NaN, or if fewer than 90 % of given `images` keep their best class (encoder: if
@@ -66,7 +78,14 @@ def export_for_serving(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
         (unfinished / "onnx").mkdir(parents=True)
-        checks = _write_graphs(model, unfinished / "onnx", images, int8, fp16)
+        smaller = {"model_fp16.onnx": halve_onnx} if fp16 else {}
+        if int8:
+            smaller["model_quantized.onnx"] = functools.partial(quantize_onnx, calibration=calibration)
+        checks = _write_graphs(model, unfinished / "onnx", images, smaller)
+        if openvino:
+            (unfinished / "openvino").mkdir()
+            source, path = unfinished / "onnx" / "model.onnx", unfinished / "openvino" / "openvino_model.xml"
+            checks.append(export_openvino(model, source, path, images))
         _write_json(unfinished / "config.json", describe_graph(model.config, int8, checks[0].task))
         (unfinished / MODEL_CONFIG).write_text(model.config.to_json_string(), encoding="utf-8")
         _write_json(unfinished / "preprocessor_config.json", preprocessing)
@@ -102,21 +121,19 @@ def describe_graph(config, int8: bool, task: str = CLASSIFICATION) -> dict:
 
 
 def _write_graphs(
-    model: nn.Module, folder: Path, images: torch.Tensor | None, int8: bool, fp16: bool
+    model: nn.Module, folder: Path, images: torch.Tensor | None, smaller: dict[str, Callable[[Path, Path], None]]
 ) -> list[ExportCheck]:
     exact = folder / "model.onnx"
     checks = [export_onnx(model, exact, images)]
-    smaller = {"model_fp16.onnx": (fp16, halve_onnx), "model_quantized.onnx": (int8, quantize_onnx)}
-    for name, (is_wanted, write) in smaller.items():
-        if is_wanted:
-            write(exact, folder / name)
-            check = compare_onnx(model, folder / name, images_for(model, images))
-            agreement = check.cosine if check.top1_agreement is None else check.top1_agreement
-            is_close = images is None or agreement >= LEAST_AGREEMENT
-            if not (is_close and np.isfinite(check.max_difference)):
-                bits = 8 if name == "model_quantized.onnx" else 16
-                raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")
-            checks.append(check)
+    for name, write in smaller.items():
+        write(exact, folder / name)
+        check = compare_onnx(model, folder / name, images_for(model, images))
+        agreement = check.cosine if check.top1_agreement is None else check.top1_agreement
+        is_close = images is None or agreement >= LEAST_AGREEMENT
+        if not (is_close and np.isfinite(check.max_difference)):
+            bits = 8 if name == "model_quantized.onnx" else 16
+            raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")
+        checks.append(check)
     return checks
 
 

@@ -26,7 +26,9 @@ from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModelForImageClassification
 from ..models.mapped_attention import LinearMap
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
-from .onnx import TensorsOnly, export_onnx, exported_program, quantize_onnx
+from .onnx import TensorsOnly, export_onnx, exported_program
+from .openvino_ir import openvino_core, run_openvino
+from .precision import quantize_onnx
 from .reference_models import as_timm_vit, as_transformers_model, transformers_class
 
 
@@ -273,12 +275,12 @@ def _start_engine(variant: Variant, model: nn.Module, steps: list[str]) -> None:
     elif "exported" in steps:
         variant.run = exported_program(model, variant.images(2)).module()
     elif {"onnx", "openvino"} & set(steps):
-        core = _openvino_core(variant.precision) if "openvino" in steps else None
+        core = openvino_core(variant.precision) if "openvino" in steps else None
         variant.folder = tempfile.TemporaryDirectory()
         variant.file = path = Path(variant.folder.name) / "model.onnx"
         export_onnx(model, path, variant.images(2))
         if core is not None:
-            variant.run, variant.device = _run_openvino(core, path, variant.precision), "cpu"
+            variant.run, variant.device = run_openvino(core, path, variant.precision), "cpu"
             return
         if "int8" in steps:
             variant.file, variant.function = path.with_name("int8.onnx"), None
@@ -321,33 +323,6 @@ def run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def run(pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {"pixel_values": pixel_values.cpu().numpy()})[0])
-
-    return run
-
-
-def _openvino_core(precision: str):
-    """
-    Raises:
-        ValueError: if this CPU does not compute in bf16.
-    """
-    import openvino
-
-    core = openvino.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise ValueError("OpenVINO does not compute in bf16 on this CPU: leave `bf16` out.")
-    return core
-
-
-def _run_openvino(core, path: Path, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    options = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = core.compile_model(str(path), "CPU", options)
-
-    def run(pixel_values: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(compiled([pixel_values.cpu().numpy()])[0].copy())
 
     return run
 

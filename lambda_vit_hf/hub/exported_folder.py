@@ -10,6 +10,7 @@ MODEL_CONFIG = "lambda_config.json"
 EXPORTED_FILES = (
     *("README.md", "config.json", MODEL_CONFIG, "preprocessor_config.json"),
     *("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"),
+    *("openvino/openvino_model.xml", "openvino/openvino_model.bin"),
     *("serve.py", "decoding.py", "checksums.py", MANIFEST),
 )
 

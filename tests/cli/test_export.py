@@ -1,5 +1,8 @@
 """`lambda-vit export`: what it writes, what it needs, what it refuses."""
 
+import sys
+
+import onnx
 import pytest
 import torch
 from onnxruntime import InferenceSession
@@ -7,6 +10,8 @@ from transformers import ViTImageProcessor
 
 from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, LambdaViTModel
 from lambda_vit_hf.cli import export
+from lambda_vit_hf.cli.runner import run_program
+from lambda_vit_hf.hub.exported_folder import check_exported_folder
 from tests.conftest import TINY, perturb
 
 
@@ -35,7 +40,37 @@ def test_export_writes_the_folder_and_says_what_it_compared(shallow, tmp_path, c
             export.main([str(shallow), "--output_dir", str(taken)])
 
 
-@pytest.mark.parametrize("option", ["--int8", "--fp16"])
+def test_every_kind_of_file_is_in_one_folder_and_pushed(shallow, tmp_path, capsys):
+    out = tmp_path / "served"
+    export.main([str(shallow), "--output_dir", str(out), "--openvino", "--int8", "--int8_scales", "static",
+                 "--dataset_name", "digits", "--num_images", "20", "--num_calibration_images", "20"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "openvino_model.xml" in printed and "model_quantized.onnx" in printed
+    names = {str(path.relative_to(out)) for path in check_exported_folder(out)}
+    assert names >= {"onnx/model_quantized.onnx", "openvino/openvino_model.xml", "openvino/openvino_model.bin"}
+    assert "Scan" not in {node.op_type for node in onnx.load(out / "onnx" / "model_quantized.onnx").graph.node}
+
+
+def test_openvino_that_is_not_installed_is_named_before_the_model_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(SystemExit) as stopped:
+        run_program("export", export.main, ["/no/model", "--output_dir", str(tmp_path / "out"), "--openvino"])
+    assert stopped.value.code == 2
+    assert "pip install 'lambda-vit-hf[openvino]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--int8_scales", "static"], ["--int8", "--int8_scales", "static"], ["--num_calibration_images", "0"]],
+    ids=" ".join,
+)
+def test_options_of_int8_that_cannot_be_are_refused(tmp_path, options, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["model", "--output_dir", str(tmp_path), *options])
+    assert "--" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--int8", "--fp16", "--openvino"])
 def test_smaller_weights_are_for_onnx(tmp_path, option):
     with pytest.raises(SystemExit):
         export.main(["model", "--output_dir", str(tmp_path), "--format", "torch_export", option])

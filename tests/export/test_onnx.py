@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import torch
 
@@ -20,10 +19,10 @@ from lambda_vit_hf.export.onnx import (
     export_onnx,
     export_program,
     exported_program,
-    halve_onnx,
-    quantize_onnx,
 )
-from lambda_vit_hf.export.variants import _run_openvino, run_session
+from lambda_vit_hf.export.openvino_ir import export_openvino, openvino_core, run_openvino
+from lambda_vit_hf.export.precision import halve_onnx, quantize_onnx
+from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.mapped_attention import LinearMap
 from tests.conftest import TINY, perturb
 
@@ -100,13 +99,14 @@ def test_what_cannot_be_exported_is_said(removed, tmp_path):
         export_onnx(removed.eval().bfloat16(), tmp_path / "model.onnx")
 
 
-@pytest.fixture(scope="module")
-def in_int8(tmp_path_factory):
+@pytest.fixture(scope="module", params=["dynamic", "static"])
+def in_int8(request, tmp_path_factory):
     """A model without `REMOVED`, folded; and the folder of its `model.onnx` and `int8.onnx`."""
     model, folder = small_model(), tmp_path_factory.mktemp("int8")
     STATES["folded"](model)
     export_onnx(model.eval(), folder / "model.onnx")
-    quantize_onnx(folder / "model.onnx", folder / "int8.onnx")
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    quantize_onnx(folder / "model.onnx", folder / "int8.onnx", images if request.param == "static" else None)
     return model, folder
 
 
@@ -117,8 +117,7 @@ def test_int8_keeps_the_best_class_and_shrinks_the_file(in_int8):
     assert check.num_images == 40 and check.top1_agreement > 0.9
     assert 0 < check.max_difference < 1.0
     assert check.file_bytes < (folder / "model.onnx").stat().st_size
-    (scan,) = _graph(folder / "int8.onnx").node
-    assert "MatMulInteger" in {node.op_type for node in scan.attribute[0].g.node}
+    assert len(_quantized_weights(folder / "int8.onnx")) >= 10
 
 
 def test_int8_logits_of_an_image_do_not_depend_on_its_batch(in_int8):
@@ -141,12 +140,47 @@ def test_no_pair_of_int8_products_overflows_16_bits_on_a_cpu_without_vnni(in_int
 
 
 def _quantized_weights(path) -> dict[str, np.ndarray]:
-    """The constant `(inputs, outputs)` of every product of integers."""
+    """The constant `(inputs, outputs)` of every product of integers, or of numbers that come from integers."""
     from onnx import numpy_helper
 
-    graph = _graph(path).node[0].attribute[0].g  # of the scan over images
+    graph = _graph(path)
+    if graph.node[0].op_type == "Scan":  # over images
+        graph = graph.node[0].attribute[0].g
     constants = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
-    return {node.input[1]: constants[node.input[1]] for node in graph.node if node.op_type == "MatMulInteger"}
+    stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    weights = {}
+    for node in graph.node:
+        if node.op_type in ("MatMulInteger", "MatMul", "Gemm"):
+            name = stored.get(node.input[1], node.input[1])
+            if name in constants and constants[name].dtype == np.int8:
+                is_turned = any(one.name == "transB" and one.i for one in node.attribute)
+                weights[name] = constants[name].T if is_turned else constants[name]
+    return weights
+
+
+def test_fixed_scales_are_those_of_the_calibration_images(removed, tmp_path):
+    export_onnx(removed, tmp_path / "model.onnx")
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    differences = []
+    for name, calibration in {"same": images, "darker": images / 100}.items():
+        quantize_onnx(tmp_path / "model.onnx", tmp_path / f"{name}.onnx", calibration)
+        differences.append(compare_onnx(removed, tmp_path / f"{name}.onnx", images).max_difference)
+    assert differences[0] < 0.5 * differences[1]
+    with pytest.raises(ValueError, match="at least one"):
+        quantize_onnx(tmp_path / "model.onnx", tmp_path / "none.onnx", images[:0])
+    assert not (tmp_path / "none.onnx").exists()
+
+
+def test_openvinos_file_gives_the_same_outputs_and_another_function_is_refused(removed, tmp_path, pixel_values):
+    export_onnx(removed, tmp_path / "model.onnx")
+    check = export_openvino(removed, tmp_path / "model.onnx", tmp_path / "openvino_model.xml", pixel_values)
+    assert check.file == "openvino_model.xml" and check.max_difference < 1e-4 and check.top1_agreement == 1.0
+    files = [tmp_path / "openvino_model.xml", tmp_path / "openvino_model.bin"]
+    assert check.file_bytes == sum(file.stat().st_size for file in files)
+    with torch.no_grad():
+        removed.classifier.bias.add_(0.1)
+    with pytest.raises(ValueError, match="another function"):
+        export_openvino(removed, tmp_path / "model.onnx", tmp_path / "other.xml", pixel_values)
 
 
 def test_one_image_is_enough_and_none_is_refused(removed, tmp_path, pixel_values):
@@ -216,7 +250,7 @@ def test_an_encoder_without_pooler_runs_in_every_engine(state, tmp_path, pixel_v
         expected = model(pixel_values).last_hidden_state
     assert export_program(model, tmp_path / "model.pt2").cosine > 0.999999
     export_onnx(model, tmp_path / "model.onnx")
-    for run in (run_session(tmp_path / "model.onnx"), _run_openvino(openvino.Core(), tmp_path / "model.onnx", "fp32")):
+    for run in (run_session(tmp_path / "model.onnx"), run_openvino(openvino_core(), tmp_path / "model.onnx", "fp32")):
         torch.testing.assert_close(run(pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
