@@ -4,14 +4,17 @@
     python -m benchmarks.quantization --show results/quantization_dinov2_small.json
 
 `dynamic` is what `lambda-vit export --int8` writes; `static` quantises the same layers (QDQ), activations scaled by
-their least and largest value on training images (`--int8_scales static`), or by a percentile. Top-1 is on validation
-images, speed in turns on noise.
+their least and largest value on training images (`--int8_scales static`), or by a percentile. OpenVINO, where it is
+installed, runs the second, and a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation images,
+speed in turns on noise.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from lambda_vit_hf.evaluation.throughput import (
     speedup,
 )
 from lambda_vit_hf.export.onnx import export_onnx
+from lambda_vit_hf.export.openvino_ir import openvino_core, run_openvino
 from lambda_vit_hf.export.precision import CalibrationImages, quantize_onnx
 from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
@@ -45,47 +49,83 @@ def quantize_by_percentile(source: Path, path: Path, images: torch.Tensor) -> No
     )  # fmt: skip
 
 
-METHODS = {"static, least and largest": quantize_onnx, "static, 99.99 %": quantize_by_percentile}
+STATIC = "static, least and largest"
+METHODS = {STATIC: quantize_onnx, "static, 99.99 %": quantize_by_percentile}
+
+
+def quantize_by_nncf(source: Path, path: Path, images: torch.Tensor) -> None:
+    """OpenVINO's file with 8-bit linear layers, by NNCF (pip install nncf) as for transformers."""
+    import nncf
+    import openvino
+
+    model = nncf.quantize(
+        openvino.convert_model(str(source)),
+        nncf.Dataset(list(images.numpy()), lambda image: image[None]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(images),
+    )
+    openvino.save_model(model, str(path), compress_to_fp16=False)
+
+
+def write_files(model, calibration: torch.Tensor, folder: Path) -> dict[tuple[str, str], tuple[Path, Callable]]:
+    """Of each engine and way, the file and a function that runs it; without OpenVINO and NNCF, what there is."""
+    exact, found = folder / "model.onnx", {}
+    export_onnx(model, exact, calibration[:3])
+    quantize_onnx(exact, folder / "dynamic.onnx")
+    files = {"fp32": exact, "dynamic": folder / "dynamic.onnx"}
+    for index, (method, quantize) in enumerate(METHODS.items()):
+        files[method] = folder / f"{index}.onnx"
+        quantize(exact, files[method], calibration)
+    for name, path in files.items():
+        found["onnxruntime", name] = path, run_session(path)
+    if find_spec("openvino"):
+        core = openvino_core()
+        files = {"fp32": exact, STATIC: files[STATIC]}
+        if find_spec("nncf"):
+            files["static, by NNCF"] = folder / "nncf.xml"
+            quantize_by_nncf(exact, folder / "nncf.xml", calibration)
+        for name, path in files.items():
+            found["OpenVINO", name] = path, run_openvino(core, path, "fp32")
+    return found
 
 
 def measure(model_name: str, num_images: int, num_calibration_images: int, batch_size: int, **dataset) -> dict:
-    """Accuracy, file size and speed of each way, and of float32."""
+    """Accuracy, file size and speed of each way, and of float32 in the same engine."""
     model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
     images, labels = labelled_images(model_name, num_images=num_images, **dataset)
     calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(("fp32", "dynamic", *METHODS))}
-        export_onnx(model, files["fp32"], images[:3])
-        quantize_onnx(files["fp32"], files["dynamic"])
-        for method, quantize in METHODS.items():
-            quantize(files["fp32"], files[method], calibration)
-        runs = {name: run_session(path) for name, path in files.items()}
-        logits = {name: torch.cat([run(batch) for batch in images.split(50)]) for name, run in runs.items()}
+        found = write_files(model, calibration, Path(folder))
+        logits = {key: torch.cat([run(batch) for batch in images.split(50)]) for key, (_, run) in found.items()}
         noise = torch.randn(batch_size, *images.shape[1:], generator=torch.Generator().manual_seed(0))
-        timed = {name: lambda run=run: run(noise) for name, run in runs.items()}
-        seconds = interleave(timed, 15, warm_up=1)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-    answers = {name: values.argmax(dim=1) for name, values in logits.items()}
+        timed = {" ".join(key): lambda run=run: run(noise) for key, (_, run) in found.items()}
+        seconds = dict(zip(found, interleave(timed, 15, warm_up=1).values(), strict=True))
+        sizes = {
+            key: sum(part.stat().st_size for part in {path, path.with_suffix(".bin")} if part.exists())
+            for key, (path, _) in found.items()
+        }
+    answers = {key: values.argmax(dim=1) for key, values in logits.items()}
     rows = [
         {
+            "engine": engine,
             "int8": name,
-            "top1": (answers[name] == labels).double().mean().item(),
-            "agreement": (answers[name] == answers["fp32"]).double().mean().item(),
-            "images_per_second": batch_size / statistics.median(seconds[name]),
-            "speedup": speedup(seconds["fp32"], seconds[name]),
-            "file_bytes": sizes[name],
+            "top1": (answers[engine, name] == labels).double().mean().item(),
+            "agreement": (answers[engine, name] == answers[engine, "fp32"]).double().mean().item(),
+            "images_per_second": batch_size / statistics.median(seconds[engine, name]),
+            "speedup": speedup(seconds[engine, "fp32"], seconds[engine, name]),
+            "file_bytes": sizes[engine, name],
         }
-        for name in files
+        for engine, name in found
     ]
     environment = {**describe_environment(), "batch": batch_size, "images": num_images}
     return {"rows": rows, "environment": environment}
 
 
 def print_table(figures: dict) -> None:
-    header = ("int8", "top-1 (%)", "same class as fp32 (%)", "images/s", "x fp32", "file (MB)")
+    header = ("engine", "int8", "top-1 (%)", "same class as fp32 (%)", "images/s", "x fp32 there", "file (MB)")
     rows = [
-        (row["int8"], f"{100 * row['top1']:.2f}", f"{100 * row['agreement']:.2f}", f"{row['images_per_second']:.1f}",
-         f"{row['speedup']:.2f}", f"{row['file_bytes'] / 1e6:.1f}")
+        (row.get("engine", "onnxruntime"), row["int8"], f"{100 * row['top1']:.2f}", f"{100 * row['agreement']:.2f}",
+         f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}", f"{row['file_bytes'] / 1e6:.1f}")
         for row in figures["rows"]
     ]  # fmt: skip
     print(f"\n{markdown_table(header, rows)}\n\n{environment_line(figures['environment'])}")
