@@ -119,7 +119,12 @@ class Experiment:
             raise RuntimeError(f"Layers {layers} were to be removed, but {model.config.removed_layers} were.")
         return top1
 
-    def images(self, checkpoint: str, kind: str) -> Dataset:
+    def untrained_model(self) -> tuple:
+        """The recipe's model as it is, with a new class head, and its image processor."""
+        model, processor, _ = self._start(0, None)
+        return model, processor
+
+    def images(self, checkpoint: str | None, kind: str) -> Dataset:
         """`"clean"` or `"augmented"` (as DeiT's) training images, or those of `"validation"`, for a model's size."""
         _, processor, _ = self._start(0, checkpoint)
         options = dataclasses.replace(
