@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     from ..evaluation.classifier import load_classifier_or_encoder
-    from ..export.onnx import export_program
+    from ..export.onnx import export_program, images_for
     from ..export.serving_folder import export_for_serving
     from ..models.checksums import write_checksums
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     else:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        images = images_for(model, images, processor)
         checks = [export_program(model, arguments.output_dir / "model.pt2", images)]
         processor.save_pretrained(arguments.output_dir)
         write_checksums(arguments.output_dir)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .preprocessing import processed_size
+
 
 TOLERANCE = 1e-3
 
@@ -294,12 +296,17 @@ def _try(model: nn.Module, images: torch.Tensor) -> list[str]:
         return list(named_outputs(model(_example(images))))
 
 
-def images_for(model: nn.Module, images: torch.Tensor | None) -> torch.Tensor:
-    """The images to compare on, where the model is and in its dtype; by default three of noise."""
+def images_for(model: nn.Module, images: torch.Tensor | None, image_processor=None) -> torch.Tensor:
+    """
+    The images to compare on, where the model is and in its dtype; by default three of noise, of the model's size, or
+    of that which the image processor makes of it: it may be another one, as of DINOv2.
+    """
     parameter = next(model.parameters())
     if images is None:
         size = model.config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if image_processor is not None:
+            height, width = processed_size(image_processor, height, width)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(3, model.config.num_channels, height, width, generator=generator)
     if not len(images):
