@@ -12,8 +12,9 @@ Needs no training and no labels. Without a number it prints what each number of 
 whole model, images that keep their class) and saves; --max_kl or --min_agreement then picks one. Leaves in OUTPUT_DIR:
 selection.json, with all raw figures; entropy.png, the entropy of attention and MLP by depth; search.png, the transfer
 entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png. With
---linear_maps, which needs a number or a bound, also model/ (must not be there, or be empty): the model with linear maps, fitted on the same images, in
-the place of the attention chosen; it can be used without any training, or fine-tuned like any other.
+--linear_maps, which needs a number or a bound, also model/ (must not be there, or be empty): the model with linear
+maps, fitted on the same images, in the place of the attention chosen; it can be used without any training, or
+fine-tuned like any other.
 What the figures mean: docs/nose.md.
 """
 
