@@ -14,6 +14,7 @@ Needs onnx, onnxruntime and onnxscript: pip install 'lambda-vit-hf[export]'.
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..models.checksums import write_checksums
 
     check_output_dir(arguments.output_dir)
+    if arguments.format == "onnx":
+        for library in ("onnx", "onnxruntime", "onnxscript"):  # before the work, not after it
+            importlib.import_module(library)
     model = load_classifier_or_encoder(arguments.model)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
