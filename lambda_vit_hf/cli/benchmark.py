@@ -100,6 +100,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if argv[0] in ("training", "input", "search"):
         parser.error(f"`{argv[0]}` is a program of a checkout now: python -m benchmarks.{argv[0]}_speed")
     arguments = parser.parse_args(argv[1:] if argv[0] == "inference" else argv)  # the first word of old commands
+    if min(arguments.num_images, arguments.max_rounds, *arguments.batch_sizes) < 1:
+        parser.error("--batch_sizes, --num_images and --max_rounds must be 1 or more")
     if dataset_place(arguments) is not None and not arguments.model:
         parser.error("accuracy needs trained weights: name a checkpoint with --model")
     return arguments
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.show is not None:
         result = json.loads(arguments.show.read_text(encoding="utf-8"))
+        if not (isinstance(result, dict) and {"rows", "environment"} <= result.keys()):
+            raise ValueError(f"{arguments.show} is no inference.json, as this program writes it.")
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         plot_inference(result, arguments.output_dir / "inference.png")
         print(f"{inference_table(result)}\n\n{environment_line(result['environment'])}")
@@ -128,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = [*names, *ENGINE_VARIANTS, *(OPENVINO_VARIANTS if find_spec("openvino") else [])]
     for name in names:
         parse_variant(name, arguments.dtype or "fp32")  # refused before any model is built
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is measured
     labelled = None
     if dataset_place(arguments) is not None:
         from ..evaluation.evaluate import labelled_images
@@ -137,7 +142,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = with_partners(names, setup)
     result = measure_inference(names, setup, arguments.batch_sizes, arguments.max_rounds, arguments.max_seconds,
                                not arguments.no_memory, labelled)  # fmt: skip
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     plot_inference(result, arguments.output_dir / "inference.png")
     write_result("inference", result, inference_table(result), arguments.output_dir)
 

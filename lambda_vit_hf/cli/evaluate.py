@@ -34,6 +34,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if dataset_place(arguments) is None:
         parser.error("name images: --dataset_dir, --dataset_name or --validation_dir")
+    if arguments.output is not None and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a folder: name a file in it")
     return arguments
 
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..evaluation.evaluate import class_indices, evaluate_model, load_split, read_images
     from ..evaluation.throughput import describe_environment, environment_line
 
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
     accelerator = Accelerator(cpu=arguments.device == "cpu")
     with accelerator.main_process_first():
         dataset = load_split(split=arguments.split, **dataset_options(arguments))
@@ -68,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.output:
         source = {"model": arguments.model, "dataset": dataset_place(arguments)}
         values = {**source, "split": arguments.split, **figures, "environment": environment}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

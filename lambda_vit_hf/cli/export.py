@@ -15,8 +15,8 @@ Needs onnx, onnxruntime and onnxscript: pip install 'lambda-vit-hf[export]'.
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from .images import add_dataset_options, dataset_options, dataset_place
@@ -60,13 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     from ..evaluation.classifier import load_classifier_or_encoder
-    from ..export.onnx import export_program
+    from ..export.onnx import export_program, images_for
     from ..export.serving_folder import export_for_serving
     from ..models.checksums import write_checksums
 
-    if arguments.openvino:
-        import_module("openvino")  # who lacks it should know before the model is loaded
     check_output_dir(arguments.output_dir)
+    if arguments.format == "onnx":
+        engines = ["openvino"] if arguments.openvino else []
+        for library in ("onnx", "onnxruntime", "onnxscript", *engines):  # before the work, not after it
+            importlib.import_module(library)
     model = load_classifier_or_encoder(arguments.model)
     if arguments.token_merging_r is not None:
         model.set_token_merging(arguments.token_merging_r, start=arguments.token_merging_start)
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     else:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        images = images_for(model, images, processor)
         checks = [export_program(model, arguments.output_dir / "model.pt2", images)]
         processor.save_pretrained(arguments.output_dir)
         write_checksums(arguments.output_dir)

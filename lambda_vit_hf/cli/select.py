@@ -12,8 +12,9 @@ Needs no training and no labels. Without a number it prints what each number of 
 whole model, images that keep their class) and saves; --max_kl or --min_agreement then picks one. Leaves in OUTPUT_DIR:
 selection.json, with all raw figures; entropy.png, the entropy of attention and MLP by depth; search.png, the transfer
 entropy of every candidate at every step; with --pairs also pairs.png; without a number curve.json and curve.png. With
---linear_maps, which needs a number or a bound, also model/: the model with linear maps, fitted on the same images, in
-the place of the attention chosen; it can be used without any training, or fine-tuned like any other.
+--linear_maps, which needs a number or a bound, also model/ (must not be there, or be empty): the model with linear
+maps, fitted on the same images, in the place of the attention chosen; it can be used without any training, or
+fine-tuned like any other.
 What the figures mean: docs/nose.md.
 """
 
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .images import add_dataset_options, dataset_options, dataset_place, dataset_words
-from .runner import Renamed, program_parser, run_program
+from .runner import Renamed, check_output_dir, program_parser, run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,16 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ..data.dataset import ProcessedImages
     from ..data.folders import load_image_dataset
+    from ..evaluation.classifier import is_encoder, load_encoder
 
     options = ("strategy", "output", "mask", "compare", "calibration_size", "batch_size")
     config = SelectionConfig(**{name: getattr(arguments, name) for name in options}, autocast_dtype=arguments.autocast)
-    model = AutoLambdaModelForImageClassification.from_pretrained(arguments.model)
+    load = load_encoder if is_encoder(arguments.model) else AutoLambdaModelForImageClassification.from_pretrained
+    model, processor = load(arguments.model), AutoImageProcessor.from_pretrained(arguments.model)
+    _check(arguments, config, model)
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device)
     images = load_image_dataset(**dataset_options(arguments), labelled=False)["train"]
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
     images = ProcessedImages(images, processor)
-    _check_linear_maps(arguments, model)
     if _asks_how_many(arguments):
         selection = find_out_how_many(model, images, config, arguments, state.is_main_process)
     else:
@@ -108,27 +110,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     if state.is_main_process and selection is not None:
         report(selection, arguments.output_dir)
-    if selection is not None and selection.layers and arguments.linear_maps:
+    if selection is not None and arguments.linear_maps:
         put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
-    if state.is_main_process and selection is not None:
-        what = "it can be used as it is; to fine-tune it" if arguments.linear_maps else "to go on"
+    if state.is_main_process and selection is not None and selection.layers:
+        what = "to fine-tune it" if arguments.linear_maps else "to go on"
         print(f"{what}: {next_command(arguments, selection)}")
     state.destroy_process_group()
 
 
-def _check_linear_maps(arguments: argparse.Namespace, model) -> None:
-    """Before anything is measured: what could not be replaced, or not removed, in the end."""
-    from ..selection.checks import count_layers
+def _check(arguments: argparse.Namespace, config, model) -> None:
+    """Before images are loaded and anything is measured: what would be refused in the end, or could not be written."""
+    from ..selection.checks import count_layers, fit_to_model
 
+    fit_to_model(config, model)
+    kept, count = model.config.kept_layers, 1
+    if _asks_how_many(arguments):
+        _check_bounds(arguments, model)
+    else:
+        count = count_layers(len(kept), arguments.num_removed_layers, arguments.removal_ratio)
     if arguments.linear_maps:
-        if (arguments.output_dir / "model").resolve() == Path(arguments.model).resolve():
-            raise ValueError(f"--output_dir {arguments.output_dir} would overwrite the model: give another.")
-        kept, count = model.config.kept_layers, 1
-        if not _asks_how_many(arguments):
-            count = count_layers(len(kept), arguments.num_removed_layers, arguments.removal_ratio)
+        if not count:
+            raise ValueError("--linear_maps needs a layer to replace: --num_removed_layers must be 1 or more.")
+        check_output_dir(arguments.output_dir / "model")
         model.check_replacement(kept[:count])
-    elif model.config.fade_to == "linear" and not _asks_how_many(arguments):
+    elif model.config.fade_to == "linear":
         raise ValueError("Linear maps took the place of attention in this model: add --linear_maps to go on so.")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_main_process: bool):
@@ -138,14 +145,12 @@ def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_m
     from ..evaluation.plotting import plot_removal_curve
     from ..evaluation.removal_curve import removal_curve
 
-    _check_bounds(arguments, model)
     batch = torch.stack([images[index]["pixel_values"] for index in range(min(len(images), arguments.batch_size))])
     curve = removal_curve(model, images, config, pixel_values=batch)
     number = None
     if _is_bounded(arguments):
         number = curve.choose(arguments.max_divergence, arguments.min_agreement)
     if is_main_process:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
         curve.save(arguments.output_dir / "curve.json")
         plot_removal_curve(curve, arguments.output_dir / "curve.png", number)
         print_curve(curve, number)
@@ -158,7 +163,6 @@ def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_m
 
 
 def _check_bounds(arguments: argparse.Namespace, model) -> None:
-    """Before anything is measured."""
     share, most = arguments.min_agreement, arguments.max_divergence
     if share is not None and (not model.has_class_head or model.newly_initialized_head):
         raise ValueError("--min_agreement needs a trained class head: use --max_divergence.")
@@ -228,8 +232,8 @@ def put_linear_maps(model, processor, images, selection, arguments: argparse.Nam
         write_checksums(folder)
         which = "the same" if others is fitted else "other"
         print(f"with linear maps, before any training, on {which} images: {_change_text(change)}")
-        new_head = "; its class head is new: train it" if model.newly_initialized_head else ""
-        print(f"the model is in {folder}{new_head}")
+        use = "its class head is new: train it" if model.newly_initialized_head else "it can be used as it is"
+        print(f"the model is in {folder}; {use}")
 
 
 def next_command(arguments: argparse.Namespace, selection) -> str:
@@ -245,8 +249,9 @@ def next_command(arguments: argparse.Namespace, selection) -> str:
 def report(selection, output_dir: Path) -> None:
     from ..evaluation.plotting import plot_layer_entropies, plot_pairs, plot_search
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     selection.save(output_dir / "selection.json")
+    for name in ("search.png", "pairs.png"):  # of an earlier selection
+        (output_dir / name).unlink(missing_ok=True)
     plot_layer_entropies(selection, output_dir / "entropy.png")
     if selection.steps:
         plot_search(selection, output_dir / "search.png")

@@ -39,6 +39,11 @@ def load_classifier(
     return model.eval()
 
 
+def is_encoder(name_or_path: str) -> bool:
+    """Whether a checkpoint's config names a class `...Model`, which has no class head."""
+    return (read_config_dict(name_or_path).get("architectures") or [""])[0].endswith("Model")
+
+
 def load_encoder(name_or_path: str, **options) -> PreTrainedModel:
     """
     A Lambda model of any family without class head, in eval mode; a pooler that is not in the checkpoint is left out:
@@ -55,7 +60,6 @@ def load_classifier_or_encoder(name_or_path: str) -> PreTrainedModel:
     A Lambda model of any family, in eval mode, float32: an encoder where the checkpoint's config names a class
     `...Model`, else a classifier. Raises as [`load_encoder`] or [`load_classifier`].
     """
-    architecture = (read_config_dict(name_or_path).get("architectures") or [""])[0]
-    if architecture.endswith("Model"):
+    if is_encoder(name_or_path):
         return load_encoder(name_or_path, dtype=torch.float32)
     return load_classifier(name_or_path, model_class=AutoLambdaModelForImageClassification)

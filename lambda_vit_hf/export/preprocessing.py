@@ -2,6 +2,8 @@
 
 import re
 
+import PIL.Image
+
 
 # transformers.js 4.3, `src/image_processors_utils.js`: what its class `ImageProcessor` does as transformers does, and
 # the processors that are this class by another name there; others have steps of their own.
@@ -35,8 +37,9 @@ def describe_preprocessing(image_processor) -> dict:
         refused["image_processor_type"] = kind
     if resizes and set(size) not in ({"height", "width"}, {"shortest_edge"}):
         refused["size"] = size
-    if resizes and int(settings["resample"]) >= _BOX:
-        refused["resample"] = settings["resample"]
+    resample = settings.get("resample")
+    if resizes and (resample is None or int(resample) >= _BOX):
+        refused["resample"] = resample
     # Where one side is cut and the other is padded, transformers.js 4.3 stops with an error.
     if (
         resizes
@@ -53,7 +56,7 @@ def describe_preprocessing(image_processor) -> dict:
         "image_processor_type": kind,
         "do_convert_rgb": True,  # as pictures are read in training
         "do_resize": resizes,
-        **({"size": size, "resample": int(settings["resample"])} if resizes else {}),
+        **({"size": size, "resample": int(resample)} if resizes else {}),
         "do_center_crop": crops,
         **({"crop_size": {name: crop[name] for name in ("height", "width")}} if crops else {}),
         "do_rescale": bool(settings.get("do_rescale")),
@@ -61,3 +64,9 @@ def describe_preprocessing(image_processor) -> dict:
         "do_normalize": bool(settings.get("do_normalize")),
         **({name: settings[name] for name in ("image_mean", "image_std")} if settings.get("do_normalize") else {}),
     }
+
+
+def processed_size(image_processor, height: int, width: int) -> tuple[int, int]:
+    """Height and width that an image processor gives to a picture of this height and width."""
+    picture = PIL.Image.new("RGB", (width, height))
+    return tuple(image_processor(picture, return_tensors="pt")["pixel_values"].shape[-2:])

@@ -19,7 +19,7 @@ from ..models.checksums import write_checksums
 from .onnx import ExportCheck, compare_onnx, export_onnx, images_for
 from .openvino_ir import export_openvino
 from .precision import halve_onnx, quantize_onnx
-from .preprocessing import describe_preprocessing
+from .preprocessing import describe_preprocessing, processed_size
 
 
 LEAST_AGREEMENT = 0.9
@@ -49,7 +49,8 @@ def export_for_serving(
         image_processor: the model's Hugging Face image processor.
         folder (`str` or `Path`): created; must not exist, or be empty.
         images (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
-            Processed real images to compare on; by default three images of noise.
+            Processed real images to compare on; by default three images of noise. Of their size are the images that
+            the graph takes: that which the image processor makes.
         int8 (`bool`, *optional*, defaults to `False`): also with 8-bit linear layers (see [`quantize_onnx`]).
         fp16 (`bool`, *optional*, defaults to `False`): also in float16 (see [`halve_onnx`]).
         openvino (`bool`, *optional*, defaults to `False`): also for OpenVINO, in float32.
@@ -64,9 +65,10 @@ def export_for_serving(
         FileExistsError: if the folder is not empty.
         ImportError: without OpenVINO, where it is asked for.
         ValueError: if the model is neither classifier nor encoder, or does not take float32 RGB images; on an option
-            of the image processor that transformers.js does not honour, which is named; on a difference in outputs;
-            and in int8 or float16 on NaN, or if fewer than 90 % of given `images` keep their best class (encoder: if
-            the mean cosine of tokens is below 0.9). Nothing is left behind.
+            of the image processor that transformers.js does not honour, which is named; if it makes images of another
+            size than `images`, or than the model takes; on a difference in outputs; and in int8 or float16 on NaN, or
+            if fewer than 90 % of given `images` keep their best class (encoder: if the mean cosine of tokens is below
+            0.9). Nothing is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -74,6 +76,10 @@ def export_for_serving(
     if model.config.num_channels != 3 or next(model.parameters()).dtype != torch.float32:
         raise ValueError("A folder to serve holds a float32 model for RGB images.")
     preprocessing = describe_preprocessing(image_processor)
+    compared = images_for(model, images, image_processor)
+    size, processed = tuple(compared.shape[-2:]), processed_size(image_processor, *compared.shape[-2:])
+    if processed != size:
+        raise ValueError(f"The image processor makes images of {processed} pixels, but `images` are of {size}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
@@ -81,12 +87,14 @@ def export_for_serving(
         smaller = {"model_fp16.onnx": halve_onnx} if fp16 else {}
         if int8:
             smaller["model_quantized.onnx"] = functools.partial(quantize_onnx, calibration=calibration)
-        checks = _write_graphs(model, unfinished / "onnx", images, smaller)
+        checks = _write_graphs(model, unfinished / "onnx", compared, images is not None, smaller)
         if openvino:
             (unfinished / "openvino").mkdir()
             source, path = unfinished / "onnx" / "model.onnx", unfinished / "openvino" / "openvino_model.xml"
-            checks.append(export_openvino(model, source, path, images))
-        _write_json(unfinished / "config.json", describe_graph(model.config, int8, checks[0].task))
+            checks.append(export_openvino(model, source, path, compared))
+        config = describe_graph(model.config, int8, checks[0].task)
+        config["image_size"] = size[0] if size[0] == size[1] else list(size)
+        _write_json(unfinished / "config.json", config)
         (unfinished / MODEL_CONFIG).write_text(model.config.to_json_string(), encoding="utf-8")
         _write_json(unfinished / "preprocessor_config.json", preprocessing)
         if checks[0].task == CLASSIFICATION:
@@ -121,15 +129,19 @@ def describe_graph(config, int8: bool, task: str = CLASSIFICATION) -> dict:
 
 
 def _write_graphs(
-    model: nn.Module, folder: Path, images: torch.Tensor | None, smaller: dict[str, Callable[[Path, Path], None]]
+    model: nn.Module,
+    folder: Path,
+    images: torch.Tensor,
+    are_real: bool,
+    smaller: dict[str, Callable[[Path, Path], None]],
 ) -> list[ExportCheck]:
     exact = folder / "model.onnx"
     checks = [export_onnx(model, exact, images)]
     for name, write in smaller.items():
         write(exact, folder / name)
-        check = compare_onnx(model, folder / name, images_for(model, images))
+        check = compare_onnx(model, folder / name, images)
         agreement = check.cosine if check.top1_agreement is None else check.top1_agreement
-        is_close = images is None or agreement >= LEAST_AGREEMENT
+        is_close = not are_real or agreement >= LEAST_AGREEMENT
         if not (is_close and np.isfinite(check.max_difference)):
             bits = 8 if name == "model_quantized.onnx" else 16
             raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")

@@ -106,8 +106,11 @@ def read_config_dict(name_or_path: str | Path, **of_hub) -> dict:
     What a checkpoint's config.json says.
 
     Raises:
-        OSError: if there is none, naming the checkpoint, which transformers' own message does not always.
+        OSError: if there is none, naming the checkpoint, which transformers' own message does not always; if it is a
+            file.
     """
+    if Path(name_or_path).is_file():
+        raise NotADirectoryError(f"{name_or_path} is a file: name the folder that holds it.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **of_hub)
     except HFValidationError as error:

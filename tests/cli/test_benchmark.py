@@ -46,6 +46,26 @@ def test_without_an_option_it_says_how_to_use_it(capsys):
     assert stopped.value.code == 2 and "usage: lambda-vit benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--batch_sizes", "--num_images", "--max_rounds"])
+def test_none_of_something_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(["--size", "tiny", option, "0"])
+    assert "must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr(inference_speed, "measure_inference", lambda *_: 1 / 0)
+    with pytest.raises(FileExistsError, match="taken"):
+        benchmark.main(["--variants", "transformers", "--output_dir", str(tmp_path / "taken")])
+
+
+def test_only_its_own_result_is_shown_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is no inference\.json"):
+        benchmark.main(["--show", str(tmp_path / "config.json")])
+
+
 def test_the_first_words_of_before_are_understood(capsys):
     assert benchmark.parse_arguments(["inference", "--batch_sizes", "4"]).batch_sizes == [4]
     with pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 
 from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, LambdaViTModel
 from lambda_vit_hf.cli import export
-from lambda_vit_hf.cli.runner import run_program
+from lambda_vit_hf.cli.runner import missing_extra, run_program
 from lambda_vit_hf.hub.exported_folder import check_exported_folder
 from tests.conftest import TINY, perturb
 
@@ -74,6 +74,20 @@ def test_options_of_int8_that_cannot_be_are_refused(tmp_path, options, capsys):
 def test_smaller_weights_are_for_onnx(tmp_path, option):
     with pytest.raises(SystemExit):
         export.main(["model", "--output_dir", str(tmp_path), "--format", "torch_export", option])
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_library_is_found_before_the_work(tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=library) as missing:
+        export.main(["no/model", "--output_dir", str(tmp_path / "out")])
+    assert "'lambda-vit-hf[export]'" in missing_extra(missing.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_in_place_of_its_folder_is_named(shallow, tmp_path, name):
+    with pytest.raises(OSError, match=f"{name} is a file: name the folder"):
+        export.main([str(shallow / name), "--output_dir", str(tmp_path / "out")])
 
 
 def test_one_image_is_enough_to_compare_on(shallow, tmp_path, capsys):

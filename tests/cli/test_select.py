@@ -16,8 +16,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lambda_vit_hf import LambdaViTForImageClassification
+from lambda_vit_hf import LambdaDinov2Model, LambdaViTForImageClassification
 from lambda_vit_hf.cli import select, train
+from lambda_vit_hf.evaluation.classifier import load_classifier_or_encoder
 from lambda_vit_hf.models.mapped_attention import LinearMap
 from lambda_vit_hf.selection.select import AttentionSelection
 from tests.conftest import in_two_processes, perturb
@@ -55,15 +56,19 @@ def test_select_layers_prints_and_saves_the_selection(digits_vit, tmp_path, caps
         PIL.Image.open(tmp_path / "out" / name).verify()
 
 
-def test_layers_of_a_backbone_without_head_are_selected_by_its_class_token(tmp_path, capsys, caplog):
+@pytest.mark.parametrize("in_place", [[], ["--linear_maps"]])
+def test_an_encoder_without_head_is_measured_by_its_class_token_and_stays_an_encoder(tmp_path, capsys, in_place):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
-    select.main([str(tmp_path / "dino"), "--dataset_name", "digits", "--removal_ratio", "0.34",
+    select.main([str(tmp_path / "dino"), "--dataset_name", "digits", "--removal_ratio", "0.34", *in_place,
                  "--calibration_size", "20", "--output_dir", str(tmp_path / "out")])  # fmt: skip
     selection = AttentionSelection.load(tmp_path / "out" / "selection.json")
     assert (len(selection.layers), selection.output, selection.num_images) == (1, "class_token", 20)
-    assert "head is newly initialized" in caplog.text
+    if in_place:
+        assert "it can be used as it is" in capsys.readouterr().out
+        thinner = load_classifier_or_encoder(str(tmp_path / "out" / "model"))  # what `lambda-vit export` loads
+        assert isinstance(thinner, LambdaDinov2Model) and thinner.config.removed_layers == selection.layers
 
 
 def test_the_options_of_before_still_work(digits_vit):
@@ -125,12 +130,50 @@ def test_a_model_with_linear_maps_goes_on_with_them_in_another_folder(digits_vit
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(out / "model")
     command = [str(out / "model"), "--dataset_name", "digits", "--num_removed_layers", "1", "--calibration_size", "20"]
     with pytest.raises(ValueError, match="add --linear_maps"):
-        select.main(command)
-    with pytest.raises(ValueError, match="would overwrite the model"):
+        select.main([*command, "--output_dir", str(tmp_path / "more")])
+    with pytest.raises(ValueError, match="add --linear_maps"):
+        select.main([*command[:3], "--max_kl", "1", "--output_dir", str(tmp_path / "more")])
+    with pytest.raises(FileExistsError, match="model exists and is not an empty folder"):
         select.main([*command, "--linear_maps", "--output_dir", str(out)])
     select.main([*command, "--linear_maps", "--strategy", "last", "--output_dir", str(tmp_path / "more")])
     more = AutoModelForImageClassification.from_pretrained(tmp_path / "more" / "model")
     assert more.config.removed_layers == [1, 3]
+
+
+def refuse_to_load_images(**_):
+    raise AssertionError("images were loaded before")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--num_removed_layers", "4"], ValueError, "at least one must stay"),
+        (["--num_removed_layers", "0", "--linear_maps"], ValueError, "needs a layer to replace"),
+        (["--max_kl", "-1"], ValueError, "--max_kl must be 0 or more"),
+        (["--num_removed_layers", "1", "--output_dir", "{folder}/taken"], FileExistsError, "taken"),
+        (["--num_removed_layers", "1", "--linear_maps", "--output_dir", "{folder}/old"], FileExistsError, "old/model"),
+        (["--num_removed_layers", "1", "--linear_maps", "--output_dir", "{folder}/own"], FileExistsError, "own/model"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_refused_before_images_are_loaded(digits_vit, tmp_path, monkeypatch, words, error, message):
+    (tmp_path / "old").mkdir()
+    for file in ("taken", "old/model"):
+        (tmp_path / file).write_text("mine")
+    LambdaViTForImageClassification.from_pretrained(digits_vit).save_pretrained(tmp_path / "own" / "model")
+    monkeypatch.setattr("lambda_vit_hf.data.folders.load_image_dataset", refuse_to_load_images)
+    words = [word.format(folder=tmp_path) for word in words]
+    with pytest.raises(error, match=message):
+        select.main([digits_vit, "--dataset_name", "digits", *words])
+
+
+def test_without_a_layer_to_remove_no_command_is_named_and_old_pictures_go(digits_vit, tmp_path, capsys):
+    command = [digits_vit, "--dataset_name", "digits", "--calibration_size", "20", "--output_dir", str(tmp_path)]
+    select.main([*command, "--num_removed_layers", "1", "--pairs"])
+    assert (tmp_path / "search.png").exists() and (tmp_path / "pairs.png").exists()
+    capsys.readouterr()
+    select.main([*command, "--num_removed_layers", "0"])
+    assert "to go on" not in capsys.readouterr().out
+    assert not (tmp_path / "search.png").exists() and not (tmp_path / "pairs.png").exists()
 
 
 def select_into(folder: str, model: str, rank: int) -> list[str]:

@@ -153,6 +153,17 @@ def evaluate_digits(model: str, output: str, rank: int = 0) -> None:
     evaluate.main([model, *common, "--output", output])
 
 
+def test_figures_that_could_not_be_written_are_not_measured(digits_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lambda_vit_hf.evaluation.evaluate.evaluate_model", lambda *_: 1 / 0)
+    (tmp_path / "taken").write_text("mine")
+    command = [digits_model, "--dataset_name", "digits", "--output"]
+    with pytest.raises(FileExistsError, match="taken"):
+        evaluate.main([*command, str(tmp_path / "taken" / "figures.json")])
+    with pytest.raises(SystemExit):
+        evaluate.main([*command, str(tmp_path)])
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_two_processes_count_each_image_once(digits_model, tmp_path, capsys):
     evaluate_digits(digits_model, str(tmp_path / "one.json"))
     printed = capsys.readouterr().out

@@ -85,11 +85,15 @@ def test_torch_export_gives_the_same_logits_for_any_batch(model, state, tmp_path
         np.testing.assert_allclose(loaded(images).detach().numpy(), logits(model, images), atol=1e-4)
 
 
-def test_an_export_that_computes_something_else_is_refused_and_leaves_no_file(removed, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", 1e-12)
-    with pytest.raises(ValueError, match=r"another function \(tolerance 1e-12\)"):
-        export_onnx(removed.eval(), tmp_path / "model.onnx")
-    assert list(tmp_path.glob("*.onnx")) == []
+@pytest.mark.parametrize("export_to", [export_onnx, export_program])
+def test_an_export_that_computes_something_else_is_refused_and_leaves_no_file(
+    removed, tmp_path, monkeypatch, export_to
+):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)  # less than any difference
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match=r"another function \(tolerance -1.0\)"):
+        export_to(removed.eval(), tmp_path / "new" / "model")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_said(removed, tmp_path):

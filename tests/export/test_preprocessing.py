@@ -22,6 +22,7 @@ REFUSED = {
     "longest_edge": (ViTImageProcessor, dict(size={"shortest_edge": 16, "longest_edge": 20})),
     "resample=4": (ViTImageProcessor, dict(resample=4)),
     "resample=5": (ViTImageProcessor, dict(resample=5)),
+    "resample=None": (ViTImageProcessor, dict(resample=None)),
     "crop_size=": (
         ViTImageProcessor,
         dict(size={"shortest_edge": 16}, do_center_crop=True, crop_size={"height": 16, "width": 20}),

@@ -17,6 +17,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
+from lambda_vit_hf import LambdaDinov2Config, LambdaDinov2ForImageClassification
 from lambda_vit_hf.data import decoding
 from lambda_vit_hf.data.decoding import UnreadableImageError
 from lambda_vit_hf.export import serving_folder
@@ -195,6 +196,24 @@ def test_the_layout_is_that_of_the_hub(served):
     assert own["model_type"] == "lambda_vit" and own["attention_flags"] == model.config.attention_flags
     found, expected = (one.to_dict() for one in (AutoImageProcessor.from_pretrained(folder), processor))
     assert {name: found[name] for name in expected} == expected
+
+
+def test_the_graph_takes_images_of_the_size_that_the_processor_makes(tmp_path, photographs):
+    # As of DINOv2: trained on images of 518 pixels, given images of 224.
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+    model = LambdaDinov2ForImageClassification(LambdaDinov2Config(**shape)).eval()
+    crop = dict(size={"shortest_edge": 32}, do_center_crop=True, crop_size={"height": 28, "width": 28})
+    with pytest.raises(ValueError, match=r"makes images of \(28, 28\) pixels, but `images` are of \(56, 56\)"):
+        export_for_serving(model, ViTImageProcessor(**crop), tmp_path / "served", torch.zeros(1, 3, 56, 56))
+    export_for_serving(model, ViTImageProcessor(**crop), tmp_path / "served")
+    assert OnnxImageClassifier(tmp_path / "served").logits(photographs).shape == (2, 2)
+    assert json.loads((tmp_path / "served" / "config.json").read_text())["image_size"] == 28
+
+
+def test_a_processor_whose_images_the_model_cannot_take_is_refused(removed, tmp_path):
+    with pytest.raises(ValueError, match=r"size \(20\*20\) doesn't match model"):
+        export_for_serving(removed.eval(), ViTImageProcessor(size={"height": 20, "width": 20}), tmp_path / "served")
+    assert list(tmp_path.glob("served")) == []
 
 
 @pytest.mark.parametrize("int8", [False, True])
