@@ -45,7 +45,8 @@ class TokenFlow:
         restores_patches (`bool`, *optional*, defaults to `False`): whether the last block gives every patch a feature.
         sizes (`dict[int, torch.Tensor]`): patches that each token stands for, `(batch, tokens, 1)`, before each block;
             `None` while nothing has merged. Kept for every block: gradient checkpointing computes some a second time.
-        places (`dict[int, torch.Tensor]`): the same for where the tokens of the image are, see `merge_tokens`.
+        places (`dict[int, torch.Tensor]`): the same for where the tokens of the image are, see `merge_tokens`; kept
+            where patches are restored.
     """
 
     schedule: list[int]
@@ -62,10 +63,13 @@ class TokenFlow:
 
     def merge(self, block: int, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """What this block's schedule leaves of its tokens; arguments as of `merge_tokens`."""
+        places = self.places.get(block)
+        if places is None and self.restores_patches:
+            batch, num_tokens = hidden_states.shape[:2]
+            places = torch.arange(num_tokens, device=hidden_states.device).expand(batch, -1)
         merged, self.sizes[block + 1], self.places[block + 1] = merge_tokens(
-            hidden_states, self.sizes.get(block), keys, self.schedule[block], self.num_prefix_tokens,
-            self.places.get(block),
-        )  # fmt: skip
+            hidden_states, self.sizes.get(block), keys, self.schedule[block], self.num_prefix_tokens, places
+        )
         return merged
 
     def restore(self, block: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,12 +105,12 @@ def merge_tokens(
         r (`int`): pairs to merge; capped at `most_mergeable(tokens)`, with a warning (once).
         num_prefix_tokens (`int`, *optional*, defaults to 1): how many never merge.
         places (`torch.Tensor` of shape `(batch, tokens of the image)`, *optional*): for each token that the image had,
-            which of these it is in; `None` where nothing has merged yet.
+            which of these it is in; `None` where nobody asks.
 
     Returns:
         Tokens `(batch, tokens - r, hidden)`, those that never merge first, then what is left of A, then B; their
-        sizes, which sum to the number of tokens before any merging; and the places of the image's tokens among them.
-        With `r = 0` the arguments themselves.
+        sizes, which sum to the number of tokens before any merging; and the places of the image's tokens among them,
+        where `places` were given. With `r = 0` the arguments themselves.
     """
     num_tokens = hidden_states.shape[1]
     most = most_mergeable(num_tokens, num_prefix_tokens)
@@ -126,8 +130,8 @@ def merge_tokens(
         sizes = accumulated.new_ones(hidden_states.shape[0], num_tokens, 1)
     weighted = _combine(accumulated * sizes, num_prefix_tokens, *pairs)
     sizes = _combine(sizes, num_prefix_tokens, *pairs)
-    moved_to = _new_places(num_tokens, num_prefix_tokens, *pairs)
-    places = moved_to if places is None else moved_to.gather(1, places)
+    if places is not None:
+        places = _new_places(num_tokens, num_prefix_tokens, *pairs).gather(1, places)
     return (weighted / sizes).to(hidden_states.dtype), sizes, places
 
 
