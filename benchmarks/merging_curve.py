@@ -81,6 +81,8 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict:
             validation = experiment.images(folder, "validation")
             images[folder] = Subset(validation, evenly_spaced(len(validation), options.num_images))
         model = load_classifier(folder, model_class=AutoLambdaModelForImageClassification)
+        if experiment.model_args.image_size is not None:
+            model.set_image_size(experiment.model_args.image_size)
         if r is not None:
             model.set_token_merging(r, start=options.start)
         model.prepare_for_inference().to(args.device, dtype)

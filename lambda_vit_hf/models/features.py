@@ -37,6 +37,11 @@ class FeaturesMixin:
         """Tokens in front of those of patches: class token, distillation token, registers."""
         return self._num_special_tokens + getattr(self.config, "num_register_tokens", 0)
 
+    @property
+    def reads_patches(self) -> bool:
+        """Whether a classifier of this family reads the tokens of patches: all of them leave the last block then."""
+        return "patch" in self._head_reads
+
     def embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """What enters the first block, `(batch, tokens, hidden)`, and what each block is called with besides."""
         return self.base_model.embeddings(pixel_values), {}
@@ -67,7 +72,15 @@ class FeaturesMixin:
 
         Returns:
             One vector for each image, `(batch, hidden)`, see `pool`; those of its patches, `(batch, patches, hidden)`.
+
+        Raises:
+            ValueError: if tokens merge and what is left of them leaves the model (ViT, DeiT).
         """
+        if any(self.config.token_merging_schedule()) and not self.reads_patches:
+            raise ValueError(
+                f"{type(self).__name__} merges tokens, and gives no feature of each patch then. Call"
+                " `set_token_merging(0)`."
+            )
         tokens = last_hidden_state
         if not self._head_reads_norm:  # the stream as it leaves the last block, in the size of an unfolded model
             tokens = self.base_model.get_submodule(self._final_norm)(tokens / self.stream_scales()[-1])

@@ -58,7 +58,13 @@ class LambdaDeiTPreTrainedModel(LambdaPreTrainedModel, DeiTPreTrainedModel):
 
 
 class LambdaDeiTModel(LambdaDeiTPreTrainedModel, DeiTModel):
-    """The bare LambdaDeiT. Differences from `DeiTModel`: its layers are [`LambdaDeiTLayer`]s."""
+    """
+    The bare LambdaDeiT.
+
+    Differences from `DeiTModel`: its layers are [`LambdaDeiTLayer`]s; with token merging, `last_hidden_state` and the
+    later `hidden_states` have fewer tokens than the image has patches, class and distillation token first, the others
+    in no order.
+    """
 
     def __init__(self, config: LambdaDeiTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         DeiTPreTrainedModel.__init__(self, config)
@@ -77,7 +83,7 @@ class LambdaDeiTModel(LambdaDeiTPreTrainedModel, DeiTModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """As `DeiTModel.forward`."""
+        """As `DeiTModel.forward`; with token merging `attention_mask` must be `None` (ValueError)."""
         return self._run_blocks(
             super().forward, pixel_values, attention_mask, bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding, **kwargs,

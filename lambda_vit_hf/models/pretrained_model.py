@@ -158,8 +158,8 @@ class LambdaPreTrainedModel(AttentionRemovalMixin, FeaturesMixin, InferenceMixin
         elif not only_class_token:
             return kwargs
         last = self.config.mixing_layers[-1] if only_class_token else None
-        restores_patches = "patch" in self._head_reads
-        return {**kwargs, "token_flow": TokenFlow(schedule, recorded, last, self.num_prefix_tokens, restores_patches)}
+        flow = TokenFlow(schedule, recorded, last, self.num_prefix_tokens, restores_patches=self.reads_patches)
+        return {**kwargs, "token_flow": flow}
 
     def _check_merging(self, attention_mask) -> None:
         self._check_merging_is_possible()

@@ -174,8 +174,10 @@ def _new_places(
     places = torch.arange(num_tokens, device=left.device).expand(left.shape[0], -1)
     prefix, patches = places[:, :num_prefix_tokens], places[:, num_prefix_tokens:]
     set_b = first_of_b + torch.arange(patches[:, ::2].shape[1], device=left.device).expand(left.shape[0], -1)
-    stay = num_prefix_tokens + torch.arange(num_left, device=left.device).expand(left.shape[0], -1)
-    set_a = patches[:, 1::2].scatter(1, left, stay).scatter(1, merged, first_of_b + partner)
+    set_a = patches[:, 1::2].scatter(1, merged, first_of_b + partner)
+    if num_left:  # OpenVINO cannot read a file that scatters nothing
+        stay = num_prefix_tokens + torch.arange(num_left, device=left.device).expand(left.shape[0], -1)
+        set_a = set_a.scatter(1, left, stay)
     return torch.cat([prefix, _dealt_back(set_b, set_a)], dim=1)
 
 

@@ -65,7 +65,8 @@ class FeatureDistillationLoss:
         Cosines to the teacher's features, of each image: of its vector, and the mean of its patches', `(batch, 2)`.
 
         Raises:
-            ValueError: if student and teacher differ in the number or width of their tokens.
+            ValueError: if student and teacher differ in the number or width of their tokens; if one merges tokens and
+                gives no feature of each patch (ViT, DeiT).
         """
         theirs = self._teacher_features(pixel_values)
         ours = student.image_and_patch_features(outputs.last_hidden_state)

@@ -57,3 +57,15 @@ def test_merging_is_in_the_top_1_that_is_measured(digits_vit, tmp_path, monkeypa
     options = ["--r", "0", "2", "4", "--start", "1", "--batch_size", "2", "--rounds", "1", "--use_cpu", "true"]
     merging_curve.main([RECIPE, *SHAPE, "--base_model", digits_vit, *options, "--output", str(tmp_path / "merging")])
     assert counted == [17, 13, 9], "blocks 1 and 2 merge"
+
+
+def test_larger_images_have_more_tokens(digits_vit, tmp_path):
+    options = ["--r", "0", "--num_images", "4", "--batch_size", "2", "--rounds", "1", "--use_cpu", "true"]
+    macs = []
+    for image_size in ("8", "16"):
+        output = tmp_path / image_size
+        merging_curve.main(
+            [RECIPE, *SHAPE, "--base_model", digits_vit, *options, "--image_size", image_size, "--output", str(output)]
+        )
+        macs.append(json.loads(output.with_suffix(".json").read_text())["rows"][0]["macs"])
+    assert macs[1] > 3 * macs[0]

@@ -48,6 +48,7 @@ STATES = {
     "prepared": lambda model: (model.remove_attention(REMOVED), model.prepare_for_inference()),
     "with a linear map": lambda model: model.replace_attention({1: MAP}),
     "merged": lambda model: (model.remove_attention(REMOVED), model.set_token_merging(2)),
+    "merged, as many as can": lambda model: model.set_token_merging([100] + [0] * (len(model.encoder_layers) - 1)),
 }
 
 
@@ -245,7 +246,7 @@ def test_an_encoder_gives_its_features_in_each_precision(state, tmp_path, pixel_
         assert (compare_onnx(model, files[name], seven).max_difference > 1e-4) == (name != "fp32")
 
 
-@pytest.mark.parametrize("state", ["prepared", "merged"])
+@pytest.mark.parametrize("state", ["prepared", "merged", "merged, as many as can"])
 def test_an_encoder_without_pooler_runs_in_every_engine(state, tmp_path, pixel_values):
     torch.manual_seed(0)
     model = perturb(LambdaDinov2Model(LambdaDinov2Config(**TINY)))

@@ -55,17 +55,13 @@ def without_positions(model):
     return model
 
 
-def reads_patches(model):
-    return "patch" in model._head_reads
-
-
 def test_equal_patches_merge_without_loss_and_each_gets_its_feature_back(model, twins):
     without_positions(model)
     whole = features(model, twins)
     model.set_token_merging(HALF)
     merged = features(model, twins)
     prefix = model.num_prefix_tokens
-    if reads_patches(model):
+    if model.reads_patches:
         assert merged[0].shape == whole[0].shape
     else:
         assert merged[0].shape[1] == prefix + 8

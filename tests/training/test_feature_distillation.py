@@ -164,3 +164,15 @@ def test_what_gives_no_features_is_refused(encoder, model):
     narrow = LambdaDinov2Model(LambdaDinov2Config(**{**SHAPE, "hidden_size": 16}))
     with pytest.raises(ValueError, match="same patches and width"):
         loss(narrow, narrow(images), images)
+
+
+@pytest.mark.parametrize("name", [name for name in BARE if not name.startswith("dinov3")])
+def test_encoders_that_merge_are_compared_patch_by_patch_or_refused(name, pixel_values, tmp_path):
+    trained_looking(BARE[name]()).save_pretrained(tmp_path)
+    encoder = AutoLambdaModel.from_pretrained(tmp_path, token_merging_r=2)
+    loss = FeatureDistillationLoss(encoder)
+    if name in ("vit", "deit"):  # what leaves them is in no order, and need not stand for the same patches
+        with pytest.raises(ValueError, match=r"no feature of each patch.*set_token_merging\(0\)"):
+            loss(encoder, encoder(pixel_values), pixel_values)
+    else:
+        assert loss(encoder, encoder(pixel_values), pixel_values) < 1e-6
