@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.throughput import describe_environment, interleave, markdown_table, percentile, speedup
 from .peak_memory import peak_memory_cpu, peak_memory_cuda
-from .variants import BenchmarkSetup, Variant, build_variant, like_for_like, parse_variant
+from .variants import BenchmarkSetup, Variant, build_variant, image_shape, like_for_like, parse_variant
 
 
 TOLERANCE = 1e-3
@@ -45,11 +45,18 @@ def measure_inference(
         `dict`: `rows`, one per model and batch size; `notes`; `environment`; JSON-serialisable.
 
     Raises:
-        ValueError: on a name that makes no sense, or if two fp32 models that should agree differ in a logit by more
-            than 1e-3.
+        ValueError: on a name that makes no sense; if the labelled images are of another size than those that models
+            are timed on; or if two fp32 models that should agree differ in a logit by more than 1e-3.
     """
     for name in names:
         parse_variant(name, setup.dtype)  # a name that makes no sense is refused before any model is built
+    if labelled is not None:
+        found, expected = tuple(labelled[0].shape[1:]), image_shape(setup.base_model.config)
+        if found != expected:
+            raise ValueError(
+                f"The labelled images are of {found}, but the model's config says {expected}, and speed is measured at"
+                " that: load the model with `image_size=` of its image processor, save both, and take these."
+            )
     begin = time.perf_counter()
     deadline = begin + max_seconds
     with tqdm(names, desc="building models", leave=False, disable=disable_tqdm) as bar:

@@ -27,8 +27,10 @@ def describe_preprocessing(image_processor) -> dict:
     """
     settings = image_processor.to_dict()
     kind = re.sub(r"(Fast|Pil)$", "", settings["image_processor_type"])
-    size = {name: value for name, value in dict(settings.get("size") or {}).items() if value is not None}
-    crop = dict(settings.get("crop_size") or {})
+    size, crop = (
+        {name: value for name, value in dict(settings.get(of) or {}).items() if value is not None}
+        for of in ("size", "crop_size")
+    )
     resizes, crops = bool(settings.get("do_resize")), bool(settings.get("do_center_crop"))
     refused = {
         name: True for name, value in settings.items() if name.startswith("do_") and value and name not in STEPS
@@ -41,11 +43,8 @@ def describe_preprocessing(image_processor) -> dict:
     if resizes and (resample is None or int(resample) >= _BOX):
         refused["resample"] = resample
     # Where one side is cut and the other is padded, transformers.js 4.3 stops with an error.
-    if (
-        resizes
-        and crops
-        and any(crop[side] > size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
-    ):
+    pads = resizes and any(value > size.get(side, size.get("shortest_edge", 0)) for side, value in crop.items())
+    if crops and (pads or set(crop) != {"height", "width"}):
         refused["crop_size"] = crop
     if settings.get("data_format") not in (None, "channels_first"):
         refused["data_format"] = settings["data_format"]

@@ -225,7 +225,7 @@ def build_variant(name: str, setup: BenchmarkSetup) -> Variant:
         run=TensorsOnly(model).eval(),
         dtype=dtype,
         function=function,
-        image_shape=_image_shape(config),
+        image_shape=image_shape(config),
         parameters=count_parameters(model),
         macs=count_macs(config),
         weights_bytes=sum(value.nbytes for value in model.state_dict().values()),
@@ -327,7 +327,8 @@ def run_session(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
-def _image_shape(config: LambdaViTConfig) -> tuple[int, int, int]:
+def image_shape(config: LambdaViTConfig) -> tuple[int, int, int]:
+    """`(channels, height, width)` of the images that a config names."""
     size = config.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return config.num_channels, height, width

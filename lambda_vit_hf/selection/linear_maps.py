@@ -16,6 +16,7 @@ from ..models.pretrained_model import LambdaPreTrainedModel
 from .calibration import CalibrationBatches
 from .calibration_passes import CalibrationPasses
 from .checks import check_model
+from .config import SelectionConfig
 from .output_change import OutputChange, sum_of_changes
 from .processes import fail_together, gather, rank_and_num_processes
 from .select import in_eval_mode
@@ -49,17 +50,16 @@ def fit_linear_maps(
             model's width, or more; of fewer it warns.
         layers (`Iterable[int]`): 0-based layers that have attention.
         image_processor (*optional*): of Hugging Face, where `calibration` holds pictures.
-        calibration_size (`int`, *optional*): take this many images, evenly spaced; by default all.
-        batch_size (`int`, *optional*, defaults to 64): images per batch.
-        autocast_dtype (`str`, *optional*): to compute in; sums stay in float64.
+        calibration_size, batch_size, autocast_dtype (*optional*): as in [`SelectionConfig`], but by default of a
+            dataset all images; sums stay in float64.
         disable_tqdm (`bool`, *optional*, defaults to `False`): no progress bar.
 
     Returns:
         `dict[int, LinearMap]`: of each layer, in float64, on the CPU.
 
     Raises:
-        ValueError: on an empty calibration set, a layer that is unknown, repeated or without attention, or a model
-            whose attention fades already or was removed in another way.
+        ValueError: on an empty calibration set, a wrong option, a layer that is unknown, repeated or without
+            attention, or a model whose attention fades already or was removed in another way.
         RuntimeError: if another process failed.
 
     Example:
@@ -72,6 +72,7 @@ def fit_linear_maps(
     check_model(model)
     layers = list(layers)
     model.check_replacement(layers)
+    config = SelectionConfig(calibration_size=calibration_size, batch_size=batch_size, autocast_dtype=autocast_dtype)
     thinner, maps = copy.deepcopy(model).eval(), {}
     is_first, needed = rank_and_num_processes()[0] == 0, 2 * model.config.hidden_size
     with (
@@ -79,14 +80,16 @@ def fit_linear_maps(
         torch.no_grad(),
         tqdm(unit="image", leave=False, disable=disable_tqdm or not is_first) as bar,
     ):
-        batches = CalibrationBatches(calibration, batch_size, image_processor, size=calibration_size, bar=bar)
+        batches = CalibrationBatches(
+            calibration, config.batch_size, image_processor, size=config.calibration_size, bar=bar
+        )
         if is_first and batches.num_images < needed:
             logger.warning(
                 "%d images are few for maps of a width of %d: they fit these images better than others. Take %d.",
                 batches.num_images, model.config.hidden_size, needed,
             )  # fmt: skip
         bar.reset(total=batches.num_own_images * len(layers))
-        passes = CalibrationPasses(thinner, batches, bar, autocast_dtype)
+        passes = CalibrationPasses(thinner, batches, bar, config.autocast_dtype)
         for layer in sorted(layers):
             maps[layer] = _fit(passes, layer)
             thinner.replace_attention({layer: maps[layer]})
@@ -155,14 +158,15 @@ def change_by_replacement(
         their class, or `None`.
 
     Raises:
-        ValueError: on an empty calibration set.
+        ValueError: on an empty calibration set, or a wrong option.
         RuntimeError: if another process failed.
     """
+    config = SelectionConfig(calibration_size=calibration_size, batch_size=batch_size, autocast_dtype=autocast_dtype)
     of_classes = whole.has_class_head and not whole.newly_initialized_head
     output, sums = "class_head" if of_classes else "class_token", torch.zeros(2, dtype=torch.float64)
     with fail_together(), torch.no_grad(), in_eval_mode(whole), in_eval_mode(thinner):
-        batches = CalibrationBatches(calibration, batch_size, image_processor, size=calibration_size)
-        passes = CalibrationPasses(whole, batches, tqdm(disable=True), autocast_dtype)
+        batches = CalibrationBatches(calibration, config.batch_size, image_processor, size=config.calibration_size)
+        passes = CalibrationPasses(whole, batches, tqdm(disable=True), config.autocast_dtype)
 
         def compare(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
             one, other = (

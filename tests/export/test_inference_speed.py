@@ -80,6 +80,13 @@ def test_accuracy_is_measured_on_given_images(setup, scripted_seconds):
     assert result["rows"][0]["accuracy"] == pytest.approx(0.9)
 
 
+def test_labelled_images_of_another_size_are_refused_before_any_model_is_built(setup, monkeypatch):
+    monkeypatch.setattr(inference_speed, "build_variant", lambda *args: pytest.fail("a model was built"))
+    labelled = torch.zeros(2, 3, 20, 20), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"images are of \(3, 20, 20\), but the model's config says \(3, 16, 16\)"):
+        measure_inference(["lambda+onnx"], setup, [1], labelled=labelled, disable_tqdm=True)
+
+
 def test_peak_memory_counts_weights_and_activations():
     setup = BenchmarkSetup(size="small", num_hidden_layers=2, image_size=64)
     whole, compiled = (build_variant(name, setup) for name in ("lambda", "lambda+compiled"))

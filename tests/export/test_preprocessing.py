@@ -22,6 +22,9 @@ REFUSED = {
     "longest_edge": (ViTImageProcessor, dict(size={"shortest_edge": 16, "longest_edge": 20})),
     "resample=4": (ViTImageProcessor, dict(resample=4)),
     "resample=5": (ViTImageProcessor, dict(resample=5)),
+    "'longest_edge': 16": (CLIPImageProcessor, dict(size={"longest_edge": 16}, crop_size=16)),
+    r"crop_size=\{\}": (CLIPImageProcessor, dict(crop_size=None)),
+    r"crop_size=\{'shortest_edge': 16\}": (CLIPImageProcessor, dict(crop_size={"shortest_edge": 16})),
     "resample=None": (ViTImageProcessor, dict(resample=None)),
     "crop_size=": (
         ViTImageProcessor,

@@ -48,6 +48,18 @@ def test_the_maps_are_the_least_squares_of_what_attention_adds(model, images):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"calibration_size": -1}, {"autocast_dtype": "float8"}])
+def test_a_wrong_option_is_named(model, images, option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):
+        fit_linear_maps(model, images, [1], **option)
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):
+        change_by_replacement(model, model, images, **option)
+
+
+def test_a_dtype_of_torch_is_taken(model, images):
+    assert list(fit_linear_maps(model, images, [1], autocast_dtype=torch.bfloat16, disable_tqdm=True)) == [1]
+
+
 @torch.no_grad()
 def test_attention_that_looks_at_all_tokens_alike_is_replaced_without_loss(model, images, monkeypatch):
     monkeypatch.setattr("lambda_vit_hf.selection.linear_maps.RIDGE", 1e-10)
