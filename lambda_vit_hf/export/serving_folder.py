@@ -64,17 +64,20 @@ def export_for_serving(
     Raises:
         FileExistsError: if the folder is not empty.
         ImportError: without OpenVINO, where it is asked for.
-        ValueError: if the model is neither classifier nor encoder, or does not take float32 RGB images; on an option
-            of the image processor that transformers.js does not honour, which is named; if it makes images of another
-            size than `images`, or than the model takes; on a difference in outputs; and in int8 or float16 on NaN, or
-            if fewer than 90 % of given `images` keep their best class (encoder: if the mean cosine of tokens is below
-            0.9). Nothing is left behind.
+        ValueError: if the model is neither classifier nor encoder, does not take float32 RGB images, or fades (lambda
+            between 0 and 1); on an option of the image processor that transformers.js does not honour, which is named;
+            if it makes images of another size than `images`, or than the model takes; on a difference in outputs; and
+            in int8 or float16 on NaN, or if fewer than 90 % of given `images` keep their best class (encoder: if the
+            mean cosine of tokens is below 0.9). Nothing is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Name another one.")
     if model.config.num_channels != 3 or next(model.parameters()).dtype != torch.float32:
         raise ValueError("A folder to serve holds a float32 model for RGB images.")
+    diluting = {i: v for i, v in enumerate(getattr(model, "attention_lambdas", [])) if v is not None and 0 < v < 1}
+    if diluting:
+        raise ValueError(f"Layers have a lambda between 0 and 1: {diluting}. Train on, or remove their attention.")
     preprocessing = describe_preprocessing(image_processor)
     compared = images_for(model, images, image_processor)
     size, processed = tuple(compared.shape[-2:]), processed_size(image_processor, *compared.shape[-2:])

@@ -278,6 +278,14 @@ def test_a_damaged_or_swapped_file_is_not_served(served, tmp_path, name):
         OnnxImageClassifier(folder)
 
 
+def test_a_model_that_fades_is_refused(removed, tmp_path):
+    kept = next(i for i, layer in enumerate(removed.encoder_layers) if layer.has_attention)
+    removed.set_attention_lambda(0.5, [kept])
+    with pytest.raises(ValueError, match=f"between 0 and 1: {{{kept}: 0.5}}"):
+        export_for_serving(removed, ViTImageProcessor(**PROCESSORS["square"]), tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+
+
 def test_an_encoder_is_served_as_one_and_classifies_nothing(removed, tmp_path):
     folder = tmp_path / "served"
     checks = export_for_serving(removed.base_model, ViTImageProcessor(**PROCESSORS["square"]), folder, int8=True)
