@@ -128,12 +128,13 @@ def draw(figures: dict, path: Path) -> None:
     """Top-1 against speed, a line for each model, r beside each point."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["model"] for row in figures["rows"]):
+    for index, name in enumerate(dict.fromkeys(row["model"] for row in figures["rows"])):
         rows = [row for row in figures["rows"] if row["model"] == name]
         points = [(row["speedup"], 100 * row["top1"]) for row in rows]
         axes.plot(*zip(*points, strict=True), "o-" if len(rows) > 1 else "*", label=name)
         for row, point in zip(rows, points, strict=True):
-            axes.annotate(f"r = {row['r']}", point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            below_or_above = (4, (5, -10, 14)[index % 3])  # lines may run close to each other
+            axes.annotate(f"r = {row['r']}", point, xytext=below_or_above, textcoords="offset points", fontsize=7)
     environment, first = figures["environment"], figures["rows"][0]
     speed = f"{first['model']}, r = {first['r']}: {first['images_per_second']:,.0f} images/s"
     axes.set(xlabel=f"times as fast as {speed}", ylabel="top-1 (%)")
