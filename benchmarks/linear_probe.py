@@ -4,8 +4,9 @@
         --model_name_or_path facebook/dinov2-small --dataset_dir DIR --output_dir outputs/probe
 
 Logistic regression on what the family's class head reads (DINOv2: class token and mean of the patches), standardised,
-of the training images; its weights become the head. Prints top-1 on the validation images. The folder is a classifier
-like any other: the other benchmarks take it as `--base_model`. Other options override fields of the recipe.
+of the training images; its weights become the head (any family but DeiT with two heads). Prints top-1 on the
+validation images. The folder is a classifier like any other: the other benchmarks take it as `--base_model`. Other
+options override fields of the recipe.
 """
 
 import argparse
@@ -53,8 +54,11 @@ def set_probe(model, features: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError(f"No training image has one of the classes {missing}.")
     scaler = StandardScaler().fit(features)
     probe = LogisticRegression(C=STRENGTH, max_iter=2000).fit(scaler.transform(features), labels)
-    weight = probe.coef_ / scaler.scale_
-    bias = probe.intercept_ - weight @ scaler.mean_
+    weight, bias = probe.coef_, probe.intercept_
+    if len(weight) == 1:  # of two classes it has the difference of the logits
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scaler.scale_
+    bias = bias - weight @ scaler.mean_
     model.classifier.weight.copy_(torch.from_numpy(weight))
     model.classifier.bias.copy_(torch.from_numpy(bias))
     model.newly_initialized_head = False

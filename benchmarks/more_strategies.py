@@ -38,7 +38,7 @@ def loss(search: AttentionSearch, labels: torch.Tensor) -> list[int]:
 def loss_gradient(search: AttentionSearch, labels: torch.Tensor) -> list[int]:
     """
     The layers of which the loss depends least on lambda at 1: first order, |d loss / d lambda|, the loss a mean over
-    all images; one backward pass.
+    all images; one backward pass for each batch.
     """
     batches = iter(labels.split(search.passes.batches.batch_size))
 

@@ -5,8 +5,8 @@
 
 `dynamic` is what `lambda-vit export --int8` writes; `static` quantises the same layers (QDQ), activations scaled by
 their least and largest value on training images (`--int8_scales static`), or by a percentile. OpenVINO, where it is
-installed, runs the second, and a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation images,
-speed in turns on noise.
+installed, runs the former of these and a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation
+images, speed in turns on noise.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Export a trained model: ONNX in the Hub's layout, or a `torch.export` program; outputs are compared.
+"""Export a trained model: ONNX in the Hub's layout, OpenVINO, or a `torch.export` program; outputs are compared.
 
     lambda-vit export outputs/digits --output_dir outputs/digits_onnx --dataset_name digits
     lambda-vit export outputs/digits --output_dir outputs/digits_int8 --dataset_name digits --int8
+    lambda-vit export outputs/digits --output_dir outputs/fast --dataset_name digits --int8 --int8_scales static
+    lambda-vit export outputs/digits --output_dir outputs/digits_openvino --dataset_name digits --openvino
     lambda-vit export outputs/digits --output_dir outputs/digits_pt2 --format torch_export
     python outputs/digits_onnx/serve.py picture.png
     lambda-vit push outputs/digits_int8 me/digits-ONNX
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor.save_pretrained(arguments.output_dir)
         write_checksums(arguments.output_dir)
     print(*checks, sep="\n")
+    if arguments.int8 and arguments.int8_scales is None:
+        print("int8 scales the activations of each image, which keeps most answers; --int8_scales static is faster.")
     print(f"Written to {arguments.output_dir}.")
 
 

@@ -5,9 +5,10 @@ the token of B whose key is most similar, the `r` best matched pairs are merged,
 tokens fewer from there on. A merged token is the mean over the patches it stands for; how many these are is its size,
 and attention counts a key as often as its size says (`log(size)` is added to the attention logits).
 
-Class token, distillation token and registers stand in front and never merge. Where a model's answer is made of all
-patches, the last block gives each patch the feature of the token it went into: so transformers' means and pooling
-count every patch once. Shapes: `(batch, tokens, hidden)`; sizes `(batch, tokens, 1)`.
+Class token, distillation token and registers stand in front and never merge. In families whose classifier reads
+patches (DINOv2, SigLIP, CLIP; their encoders too) the last block gives each patch the feature of the token it went
+into: so transformers' means and pooling count every patch once.
+Shapes: `(batch, tokens, hidden)`; sizes `(batch, tokens, 1)`.
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461), section 3, from its text.
 """
 
@@ -102,7 +103,7 @@ def merge_tokens(
             where nothing has merged yet: one each.
         keys (`torch.Tensor` of shape `(batch, heads, tokens, head width)`): of this block's attention. No gradient
             flows through the choice of pairs.
-        r (`int`): pairs to merge; capped at `most_mergeable(tokens)`, with a warning (once).
+        r (`int`): pairs to merge; capped at `most_mergeable(tokens, num_prefix_tokens)`, with a warning (once).
         num_prefix_tokens (`int`, *optional*, defaults to 1): how many never merge.
         places (`torch.Tensor` of shape `(batch, tokens of the image)`, *optional*): for each token that the image had,
             which of these it is in; `None` where nobody asks.

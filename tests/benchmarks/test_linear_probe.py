@@ -9,8 +9,10 @@ from sklearn.preprocessing import StandardScaler
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from benchmarks import linear_probe
+from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification
 from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -37,15 +39,17 @@ def test_the_head_is_the_probe_and_the_encoder_as_it_was(encoder, tmp_path, caps
     assert not model.newly_initialized_head
 
 
-def test_logits_are_those_of_scikit_learns_pipeline(model):
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_probabilities_are_those_of_scikit_learns_pipeline(num_labels):
+    model = LambdaViTForImageClassification(LambdaViTConfig(**{**TINY, "num_labels": num_labels})).eval()
     generator = np.random.default_rng(0)
     features = generator.normal(3.0, 5.0, (60, model.config.hidden_size)).astype(np.float32)
-    labels = np.arange(60) % model.config.num_labels
+    labels = np.arange(60) % num_labels
     linear_probe.set_probe(model, features, labels)
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=linear_probe.STRENGTH, max_iter=2000))
-    expected = pipeline.fit(features, labels).decision_function(features)
+    expected = pipeline.fit(features, labels).predict_proba(features)
     with torch.no_grad():
-        found = model.classify(torch.from_numpy(features)).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+        found = model.classify(torch.from_numpy(features)).softmax(dim=-1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"classes \[0\]"):
         linear_probe.set_probe(model, features[labels > 0], labels[labels > 0])
