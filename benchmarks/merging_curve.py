@@ -140,7 +140,7 @@ def draw(figures: dict, path: Path) -> None:
     axes.set(xlabel=f"times as fast as {speed}", ylabel="top-1 (%)")
     setting = f"{environment['dtype']}, batch {environment['batch']}; {environment['hardware']}; {environment['date']}"
     axes.set_title(f"r tokens merge in each block that keeps attention; {setting}", fontsize=8)
-    axes.margins(x=0.1)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
