@@ -9,7 +9,7 @@
     lambda-vit push outputs/digits_int8 me/digits-ONNX
 
 The folder of ONNX files is what transformers.js and optimum read; its `serve.py` needs onnxruntime alone. `--openvino`
-puts OpenVINO's files beside them, as optimum-intel reads them (pip install 'lambda-vit-hf[openvino]').
+puts OpenVINO's files beside them, named as on the Hub (pip install 'lambda-vit-hf[openvino]').
 Takes any ViT checkpoint with a trained class head, or an encoder without one (saved from a class `...Model`), of the
 Hub or on disk, removed layers or not. With a dataset, the comparison runs on images of its validation split, else on
 noise. `--token_merging_r 8` exports the model with that token merging.

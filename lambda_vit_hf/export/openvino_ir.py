@@ -1,4 +1,4 @@
-"""OpenVINO: an ONNX file run by it, and written in its own format (IR), which optimum-intel reads."""
+"""OpenVINO: an ONNX file run by it, and written in its own format (IR)."""
 
 from collections.abc import Callable
 from pathlib import Path
