@@ -155,10 +155,11 @@ def test_a_saved_encoder_opens_in_auto_classes_and_gives_the_same(model, pixel_v
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 def test_what_stands_in_front_never_merges_and_every_place_is_right(prefix):
     generator = torch.Generator().manual_seed(prefix)
-    tokens, keys = torch.randn(2, prefix + 9, 8, generator=generator), torch.randn(2, 2, prefix + 9, 4)
+    tokens = torch.randn(2, prefix + 9, 8, generator=generator)
+    keys, later_keys = (torch.randn(2, 2, prefix + count, 4, generator=generator) for count in (9, 6))
     places = torch.arange(prefix + 9).expand(2, -1)
     first, sizes, places = merge_tokens(tokens, None, keys, 3, prefix, places)
-    second, sizes, places = merge_tokens(first, sizes, torch.randn(2, 2, prefix + 6, 4), 2, prefix, places)
+    second, sizes, places = merge_tokens(first, sizes, later_keys, 2, prefix, places)
     assert torch.equal(second[:, :prefix], tokens[:, :prefix])
     assert torch.equal(places[:, :prefix], torch.arange(prefix).expand(2, -1))
     # By the places alone: each token is the mean of what went into it, and as large as their number.
