@@ -4,9 +4,9 @@
     python -m benchmarks.quantization --show results/quantization_dinov2_small.json
 
 `dynamic` is what `lambda-vit export --int8` writes; `static` quantises the same layers (QDQ), activations scaled by
-their least and largest value on training images (`--int8_scales static`), or by a percentile. OpenVINO, where it is
-installed, runs the former of these and a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation
-images, speed in turns on noise.
+their least and largest value on training images (`--int8_scales static`), or by a percentile. Images lost (right in
+float32, wrong in int8) and won tell a loss from chance. OpenVINO, where it is installed, runs the former of these and
+a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation images, speed in turns on noise.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationMethod
 
 from lambda_vit_hf.cli.images import add_dataset_options, dataset_options
 from lambda_vit_hf.cli.runner import run_program
@@ -33,20 +33,15 @@ from lambda_vit_hf.evaluation.throughput import (
 )
 from lambda_vit_hf.export.onnx import export_onnx
 from lambda_vit_hf.export.openvino_ir import openvino_core, run_openvino
-from lambda_vit_hf.export.precision import CalibrationImages, quantize_onnx
+from lambda_vit_hf.export.precision import quantize_by_images, quantize_onnx
 from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 
 
 def quantize_by_percentile(source: Path, path: Path, images: torch.Tensor) -> None:
     """As [`quantize_onnx`] with calibration images, but scales leave out the most extreme 0.01 % of the values."""
-    quantize_static(
-        str(source), str(path), CalibrationImages(images), quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.Percentile,
-        extra_options={"MatMulConstBOnly": True, "CalibPercentile": 99.99},
-    )  # fmt: skip
+    method = CalibrationMethod.Percentile
+    quantize_by_images(source, path, images, calibrate_method=method, extra_options={"CalibPercentile": 99.99})
 
 
 STATIC = "static, least and largest"
@@ -67,12 +62,16 @@ def quantize_by_nncf(source: Path, path: Path, images: torch.Tensor) -> None:
     openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
-def write_files(model, calibration: torch.Tensor, folder: Path) -> dict[tuple[str, str], tuple[Path, Callable]]:
+def write_files(
+    model, calibration: torch.Tensor, folder: Path, only_dynamic: bool = False
+) -> dict[tuple[str, str], tuple[Path, Callable]]:
     """Of each engine and way, the file and a function that runs it; without OpenVINO and NNCF, what there is."""
     exact, found = folder / "model.onnx", {}
     export_onnx(model, exact, calibration[:3])
     quantize_onnx(exact, folder / "dynamic.onnx")
     files = {"fp32": exact, "dynamic": folder / "dynamic.onnx"}
+    if only_dynamic:
+        return {("onnxruntime", name): (path, run_session(path)) for name, path in files.items()}
     for index, (method, quantize) in enumerate(METHODS.items()):
         files[method] = folder / f"{index}.onnx"
         quantize(exact, files[method], calibration)
@@ -89,13 +88,15 @@ def write_files(model, calibration: torch.Tensor, folder: Path) -> dict[tuple[st
     return found
 
 
-def measure(model_name: str, num_images: int, num_calibration_images: int, batch_size: int, **dataset) -> dict:
+def measure(
+    model_name: str, num_images: int, num_calibration_images: int, batch_size: int, only_dynamic: bool, **dataset
+) -> dict:
     """Accuracy, file size and speed of each way, and of float32 in the same engine."""
     model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
     images, labels = labelled_images(model_name, num_images=num_images, **dataset)
     calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
     with tempfile.TemporaryDirectory() as folder:
-        found = write_files(model, calibration, Path(folder))
+        found = write_files(model, calibration, Path(folder), only_dynamic)
         logits = {key: torch.cat([run(batch) for batch in images.split(50)]) for key, (_, run) in found.items()}
         noise = torch.randn(batch_size, *images.shape[1:], generator=torch.Generator().manual_seed(0))
         timed = {" ".join(key): lambda run=run: run(noise) for key, (_, run) in found.items()}
@@ -105,11 +106,14 @@ def measure(model_name: str, num_images: int, num_calibration_images: int, batch
             for key, (path, _) in found.items()
         }
     answers = {key: values.argmax(dim=1) for key, values in logits.items()}
+    is_right = {key: answer == labels for key, answer in answers.items()}
     rows = [
         {
             "engine": engine,
             "int8": name,
-            "top1": (answers[engine, name] == labels).double().mean().item(),
+            "top1": is_right[engine, name].double().mean().item(),
+            "lost": (is_right[engine, "fp32"] & ~is_right[engine, name]).sum().item(),
+            "won": (is_right[engine, name] & ~is_right[engine, "fp32"]).sum().item(),
             "agreement": (answers[engine, name] == answers[engine, "fp32"]).double().mean().item(),
             "images_per_second": batch_size / statistics.median(seconds[engine, name]),
             "speedup": speedup(seconds[engine, "fp32"], seconds[engine, name]),
@@ -122,9 +126,11 @@ def measure(model_name: str, num_images: int, num_calibration_images: int, batch
 
 
 def print_table(figures: dict) -> None:
-    header = ("engine", "int8", "top-1 (%)", "same class as fp32 (%)", "images/s", "x fp32 there", "file (MB)")
+    header = ("engine", "int8", "top-1 (%)", "images lost, won", "same class as fp32 (%)", "images/s", "x fp32 there",
+              "file (MB)")  # fmt: skip
     rows = [
-        (row.get("engine", "onnxruntime"), row["int8"], f"{100 * row['top1']:.2f}", f"{100 * row['agreement']:.2f}",
+        (row.get("engine", "onnxruntime"), row["int8"], f"{100 * row['top1']:.2f}",
+         f"{row['lost']}, {row['won']}" if "lost" in row else "", f"{100 * row['agreement']:.2f}",
          f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}", f"{row['file_bytes'] / 1e6:.1f}")
         for row in figures["rows"]
     ]  # fmt: skip
@@ -141,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--num_calibration_images", type=int, default=128)
     add("--batch_size", type=int, default=8)
     add("--output", type=Path, default=Path("outputs/quantization.json"))
+    add("--only_dynamic", action="store_true", help="the export's default and float32 in onnxruntime, nothing else")
     add("--show", type=Path, help="only print the table of figures written before")
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)
@@ -148,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.model is None:
             parser.error("name a model")
         figures = measure(arguments.model, arguments.num_images, arguments.num_calibration_images,
-                          arguments.batch_size, **dataset_options(arguments))  # fmt: skip
+                          arguments.batch_size, arguments.only_dynamic, **dataset_options(arguments))  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     else:

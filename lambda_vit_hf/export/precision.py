@@ -11,7 +11,8 @@ import torch
 def quantize_onnx(source: str | Path, path: str | Path, calibration: torch.Tensor | None = None) -> None:
     """
     Turn the linear layers of an ONNX file into 8-bit integers: weights per output channel; activations as they come
-    (dynamic), or, with calibration images, by the least and largest value that each had on these (static).
+    (dynamic), or, with calibration images, by the least and largest value that each had on these (static). Products
+    of attention, norms and what a layer gives stay in float.
 
     Weights use 7 of their 8 bits. CPUs with AVX2 or AVX-512 but without VNNI add pairs of products of an activation
     (0 to 255) and a weight in 16 bits: with weights up to 127 these sums would saturate in silence, with weights up
@@ -32,28 +33,50 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: torch.Tenso
     Raises:
         ValueError: if there is no calibration image.
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import quantize_dynamic
 
     if calibration is not None and not len(calibration):
         raise ValueError("There is no image to take the scales of int8 from: give at least one.")
-    options = {
-        "op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True, "reduce_range": True,
-        "weight_type": QuantType.QInt8, "extra_options": {"MatMulConstBOnly": True},
-    }  # fmt: skip
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises a preprocessing step that changes nothing in these graphs
     try:
         if calibration is None:
-            quantize_dynamic(str(source), str(path), **options)
+            quantize_dynamic(str(source), str(path), **_linear_layers(source))
         else:
-            reader = CalibrationImages(calibration)
-            options |= {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
-            quantize_static(str(source), str(path), reader, **options)
+            quantize_by_images(source, path, calibration)
     finally:
         root.setLevel(level)
     if calibration is None:
         _take_images_one_by_one(path)
+
+
+def quantize_by_images(source: str | Path, path: str | Path, calibration: torch.Tensor, **options) -> None:
+    """The static int8 of [`quantize_onnx`]; `options` go to onnxruntime's `quantize_static`."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    layers = _linear_layers(source)
+    layers["extra_options"] |= options.pop("extra_options", {})
+    options |= {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
+    quantize_static(str(source), str(path), CalibrationImages(calibration), **layers, **options)
+
+
+def _linear_layers(source: str | Path) -> dict:
+    """
+    onnxruntime's options for the linear layers of a file and nothing else. Static scales ignore `MatMulConstBOnly`,
+    so the products of attention are named. What a layer gives stays in float: to round it costs accuracy and time.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType
+
+    graph = onnx.load(source).graph
+    constants = {one.name for one in graph.initializer}
+    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+    return {
+        "op_types_to_quantize": ["MatMul", "Gemm"], "nodes_to_exclude": products, "per_channel": True,
+        "reduce_range": True, "weight_type": QuantType.QInt8,
+        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+    }  # fmt: skip
 
 
 class CalibrationImages:

@@ -25,8 +25,19 @@ def test_a_row_for_each_way_and_the_same_table_again(digits_vit, tmp_path, capsy
     assert {row["int8"] for row in rows if row["engine"] == "OpenVINO"} >= {"fp32", quantization.STATIC}
     assert (rows[0]["agreement"], rows[0]["speedup"]) == (1.0, 1.0)
     assert all(0 <= row["top1"] <= 1 and row["top1"] * 40 == pytest.approx(round(row["top1"] * 40)) for row in rows)
+    for row in rows:
+        exact = next(one for one in rows if (one["engine"], one["int8"]) == (row["engine"], "fp32"))
+        assert row["won"] - row["lost"] == round(40 * (row["top1"] - exact["top1"]))
     quantization.main(["--show", str(output)])
     assert capsys.readouterr().out in printed
+
+
+def test_only_the_default_can_be_asked_for(digits_vit, tmp_path):
+    output = tmp_path / "figures.json"
+    quantization.main([digits_vit, "--dataset_name", "digits", "--num_images", "40", "--num_calibration_images", "16",
+                       "--only_dynamic", "--output", str(output)])  # fmt: skip
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["engine"], row["int8"]) for row in rows] == [("onnxruntime", "fp32"), ("onnxruntime", "dynamic")]
 
 
 def test_percentiles_leave_out_what_is_rare(model, tmp_path):

@@ -125,6 +125,20 @@ def test_int8_keeps_the_best_class_and_shrinks_the_file(in_int8):
     assert len(_quantized_weights(folder / "int8.onnx")) >= 10
 
 
+def test_int8_takes_the_linear_layers_and_nothing_else(in_int8):
+    # Products of attention and sums of the stream stay in float, and so does what a linear layer gives.
+    nodes = _graph_of_an_image(in_int8[1] / "int8.onnx").node
+    num_linear = len(_quantized_weights(in_int8[1] / "int8.onnx"))
+    constants = {one.name for one in _graph(in_int8[1] / "model.onnx").initializer}
+    exact = [node for node in _graph(in_int8[1] / "model.onnx").node if node.op_type in ("MatMul", "Gemm")]
+    assert num_linear == sum(node.input[1] in constants for node in exact) < len(exact)
+    given = {
+        name for node in nodes if node.op_type.startswith("MatMul") or node.op_type == "Gemm" for name in node.output
+    }
+    rounded = [node.input[0] for node in nodes if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")]
+    assert 0 < len(rounded) <= num_linear and not given & set(rounded)
+
+
 def test_int8_logits_of_an_image_do_not_depend_on_its_batch(in_int8):
     session = onnxruntime.InferenceSession(in_int8[1] / "int8.onnx", providers=["CPUExecutionProvider"])
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2)).numpy()
@@ -148,9 +162,7 @@ def _quantized_weights(path) -> dict[str, np.ndarray]:
     """The constant `(inputs, outputs)` of every product of integers, or of numbers that come from integers."""
     from onnx import numpy_helper
 
-    graph = _graph(path)
-    if graph.node[0].op_type == "Scan":  # over images
-        graph = graph.node[0].attribute[0].g
+    graph = _graph_of_an_image(path)
     constants = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     weights = {}
@@ -161,6 +173,11 @@ def _quantized_weights(path) -> dict[str, np.ndarray]:
                 is_turned = any(one.name == "transB" and one.i for one in node.attribute)
                 weights[name] = constants[name].T if is_turned else constants[name]
     return weights
+
+
+def _graph_of_an_image(path):
+    graph = _graph(path)
+    return graph.node[0].attribute[0].g if graph.node[0].op_type == "Scan" else graph
 
 
 def test_fixed_scales_are_those_of_the_calibration_images(removed, tmp_path):
