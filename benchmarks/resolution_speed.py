@@ -2,14 +2,17 @@
 
     python -m benchmarks.resolution_speed --output_dir outputs/resolution
     python -m benchmarks.resolution_speed --models dinov2_small --image_sizes 768 1022 --batch_size 1
+    python -m benchmarks.resolution_speed --peak_memory --output_dir outputs/memory
     python -m benchmarks.resolution_speed --show results/resolution_*.json
 
 Attention's share of the work grows with the square of the tokens, so removal gains more on large images. Each model
 is compared with transformers' own, whole, in the same engine and precision: PyTorch, float32, sdpa. Weights are
 random: speed does not depend on them. Removed layers are folded; `prepare_for_inference` is left out, so that the
 gain is that of removal alone. Where a side is no multiple of the patch, the rest of the image is not seen.
+`--peak_memory` measures memory instead, each model in a process of its own.
 """
 
+import functools
 import json
 import statistics
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -33,6 +36,7 @@ from lambda_vit_hf.evaluation.throughput import (
     markdown_table,
     speedup,
 )
+from lambda_vit_hf.export.peak_memory import peak_memory_of_process
 
 
 # transformers' configuration and this package's.
@@ -99,8 +103,7 @@ def measure_resolutions(
     Raises:
         ValueError: if a number is not in 1 to 6.
     """
-    if not numbers or not all(1 <= number <= len(ORDER) for number in numbers):
-        raise ValueError(f"Remove 1 to {len(ORDER)} layers, got {list(numbers)}.")
+    _check_numbers(numbers)
     rows = []
     cases = [(name, size) for name in models for size in image_sizes]
     for name, image_size in tqdm(cases, desc="models and sizes", disable=disable_tqdm):
@@ -126,6 +129,66 @@ def measure_resolutions(
             )
     environment = {**describe_environment(), "engine": "PyTorch fp32, sdpa", "batch": batch_size}
     return {"rows": rows, "environment": environment}
+
+
+def measure_peak_memory(
+    models: Mapping[str, tuple[str, Mapping]],
+    image_sizes: Sequence[int],
+    numbers: Sequence[int] = (3, 5, 6),
+    batch_size: int = 4,
+    disable_tqdm: bool = False,
+) -> dict:
+    """
+    Peak memory of whole and removed models at each image size; arguments as of [`measure_resolutions`].
+
+    Returns:
+        `dict`: `rows`, one per model, size and number: `peak_bytes` of a process that classifies a batch, beyond its
+        libraries, and `weights_bytes` of these; `environment`.
+
+    Raises:
+        ValueError: if a number is not in 1 to 6.
+        OSError: where there is no `/proc` to read memory from.
+    """
+    _check_numbers(numbers)
+    cases = [(name, size, number) for name in models for size in image_sizes for number in (0, *numbers)]
+    rows = []
+    for name, image_size, number in tqdm(cases, desc="processes", disable=disable_tqdm):
+        build = functools.partial(build_one, *models[name], image_size, number, batch_size)
+        model, _ = build()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        tokens = count_tokens(model.config)
+        del model
+        row = {"model": name, "image_size": image_size, "tokens": tokens, "num_removed": number}
+        rows.append({**row, "peak_bytes": peak_memory_of_process(build, name), "weights_bytes": weights})
+    environment = {**describe_environment(), "engine": "PyTorch fp32, sdpa", "batch": batch_size}
+    return {"rows": rows, "environment": environment}
+
+
+def _check_numbers(numbers: Sequence[int]) -> None:
+    if not numbers or not all(1 <= number <= len(ORDER) for number in numbers):
+        raise ValueError(f"Remove 1 to {len(ORDER)} layers, got {list(numbers)}.")
+
+
+def build_one(family: str, shape: Mapping, image_size: int, number: int, batch_size: int):
+    """A model of [`build_models`], and images for it."""
+    numbers = (number,) if number else ()
+    return build_models(family, shape, image_size, numbers)[number], torch.randn(batch_size, 3, image_size, image_size)
+
+
+def memory_table(result: dict) -> str:
+    """The rows of [`measure_peak_memory`] in Markdown."""
+    header = ("model", "pixels", "tokens", "removed", "peak (MB)", "of it weights (MB)")
+    cells = [
+        (row["model"], row["image_size"], row["tokens"], row["num_removed"], f"{row['peak_bytes'] / 1e6:,.0f}",
+         f"{row['weights_bytes'] / 1e6:,.0f}")
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown_table(header, cells)
+
+
+def table_of(result: dict) -> str:
+    """Of either measurement."""
+    return (memory_table if "peak_bytes" in result["rows"][0] else resolution_table)(result)
 
 
 def resolution_table(result: dict) -> str:
@@ -175,6 +238,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     add("--batch_size", type=int, default=4)
     add("--max_rounds", type=int, default=20)
     add("--max_seconds", type=float, default=120.0, help="per model and size (but 3 rounds in any case)")
+    add("--peak_memory", action="store_true", help="measure memory (Linux), not speed")
     add("--output_dir", type=Path, default=Path("outputs/resolution"))
     add("--show", type=Path, nargs="+", help="only print the tables of figures written before (JSON)")
     return parser.parse_args(argv)
@@ -184,10 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     for path in arguments.show or ():
         result = json.loads(path.read_text(encoding="utf-8"))
-        print(f"{resolution_table(result)}\n\n{environment_line(result['environment'])}\n")
+        print(f"{table_of(result)}\n\n{environment_line(result['environment'])}\n")
     if arguments.show:
         return
     models = {name: MODELS[name] for name in arguments.models}
+    if arguments.peak_memory:
+        result = measure_peak_memory(models, arguments.image_sizes, arguments.num_removed, arguments.batch_size)
+        write_result("memory", result, memory_table(result), arguments.output_dir)
+        return
     result = measure_resolutions(
         models, arguments.image_sizes, arguments.num_removed, arguments.batch_size, arguments.max_rounds,
         arguments.max_seconds,

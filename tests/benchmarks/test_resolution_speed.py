@@ -8,7 +8,14 @@ import torch
 from transformers import Dinov2ForImageClassification, ViTForImageClassification
 
 from benchmarks import resolution_speed
-from benchmarks.resolution_speed import MODELS, build_models, measure_resolutions, resolution_table
+from benchmarks.resolution_speed import (
+    MODELS,
+    build_models,
+    measure_peak_memory,
+    measure_resolutions,
+    memory_table,
+    resolution_table,
+)
 
 
 SHAPE = dict(patch_size=4, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
@@ -66,6 +73,26 @@ def test_layers_that_are_not_there_are_refused():
         measure_resolutions(TINY, (8,), (7,), disable_tqdm=True)
     with pytest.raises(ValueError, match="1 to 6"):
         measure_resolutions(TINY, (8,), (0,), disable_tqdm=True)
+    with pytest.raises(ValueError, match="1 to 6"):
+        measure_peak_memory(TINY, (8,), (7,), disable_tqdm=True)
+
+
+def test_peak_memory_grows_with_images_and_shrinks_with_weights(tmp_path, monkeypatch, capsys):
+    # 24 M parameters, of which attention has a third: in float32 96 MB, without 4 of 6 layers 75 MB.
+    shape = dict(patch_size=16, hidden_size=576, num_hidden_layers=6, num_attention_heads=9, intermediate_size=2304)
+    monkeypatch.setitem(MODELS, "vit_base", ("vit", shape))
+    options = ["--models", "vit_base", "--image_sizes", "32", "512", "--num_removed", "4", "--batch_size", "4"]
+    resolution_speed.main([*options, "--peak_memory", "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.json", "memory.md"}
+    rows = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["rows"]
+    small, small_removed, large, _ = rows
+    assert [(row["image_size"], row["num_removed"]) for row in rows] == [(32, 0), (32, 4), (512, 0), (512, 4)]
+    assert small["peak_bytes"] > small["weights_bytes"] > small_removed["weights_bytes"] + 20e6
+    assert small_removed["peak_bytes"] < small["peak_bytes"] - 15e6
+    assert large["peak_bytes"] > small["peak_bytes"] + 4 * 1025 * 2304 * 4, "one activation inside the MLP at least"
+    resolution_speed.main(["--show", str(tmp_path / "memory.json")])
+    assert memory_table({"rows": rows}) in printed and memory_table({"rows": rows}) in capsys.readouterr().out
 
 
 def test_figures_of_before_are_printed_again(capsys):
