@@ -1,12 +1,14 @@
 """Which int8 keeps accuracy and is fast on this CPU: activations scaled as they come, or by images seen before?
 
     python -m benchmarks.quantization outputs/mine --dataset_dir DIR --output outputs/quantization.json
+    python -m benchmarks.quantization outputs/mine --dataset_dir DIR --by_layer --num_images 200
     python -m benchmarks.quantization --show results/quantization_dinov2_small.json
 
 `dynamic` is what `lambda-vit export --int8` writes; `static` quantises the same layers (QDQ), activations scaled by
 their least and largest value on training images (`--int8_scales static`), or by a percentile. Images lost (right in
 float32, wrong in int8) and won tell a loss from chance. OpenVINO, where it is installed, runs the former of these and
 a file made by NNCF (pip install nncf), beside float32. Top-1 is on validation images, speed in turns on noise.
+`--by_layer`: what each linear layer changes where it alone is int8.
 """
 
 import argparse
@@ -17,8 +19,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnxruntime.quantization import CalibrationMethod
+from torch import nn
+from tqdm.auto import tqdm
 
 from lambda_vit_hf.cli.images import add_dataset_options, dataset_options
 from lambda_vit_hf.cli.runner import run_program
@@ -33,7 +38,7 @@ from lambda_vit_hf.evaluation.throughput import (
 )
 from lambda_vit_hf.export.onnx import export_onnx
 from lambda_vit_hf.export.openvino_ir import openvino_core, run_openvino
-from lambda_vit_hf.export.precision import quantize_by_images, quantize_onnx
+from lambda_vit_hf.export.precision import linear_nodes, quantize_by_images, quantize_onnx
 from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 
@@ -125,7 +130,53 @@ def measure(
     return {"rows": rows, "environment": environment}
 
 
+def measure_by_layer(model_name: str, num_images: int, num_calibration_images: int, **dataset) -> dict:
+    """KL divergence (nats) of the class probabilities from float32's, with one linear layer in int8, and with all."""
+    model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
+    images, _ = labelled_images(model_name, num_images=num_images, **dataset)
+    calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        exact, path = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        export_onnx(model, exact, calibration[:3])
+        nodes = linear_nodes(exact)
+        expected = run_session(exact)(images).log_softmax(dim=1)
+        for layer in tqdm([*nodes, None], desc="linear layers"):
+            kept = [name for name in nodes if layer is not None and name != layer]
+            row = {"layer": "all" if layer is None else layer_name(model, nodes[layer])}
+            for way, given in {"dynamic": None, STATIC: calibration}.items():
+                quantize_onnx(exact, path, given, kept_in_float=kept)
+                found = run_session(path)(images).log_softmax(dim=1)
+                row[way] = (expected.exp() * (expected - found)).sum(dim=1).mean().item()
+            rows.append(row)
+    return {"by_layer": rows, "environment": {**describe_environment(), "images": num_images}}
+
+
+def layer_name(model: nn.Module, weights: np.ndarray) -> str:
+    """Which linear layer of a model has these weights, turned or not; of a part of a layer also which outputs."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        outputs = [row.tobytes() for row in module.weight.detach().numpy()]
+        for turned in (np.ascontiguousarray(weights.T), weights):
+            if turned[0].tobytes() in outputs:
+                start = outputs.index(turned[0].tobytes())
+                part = "" if len(turned) == len(outputs) else f", outputs {start} to {start + len(turned) - 1}"
+                return name + part
+    raise ValueError(f"No layer of the model has these weights of shape {weights.shape}.")
+
+
+def print_layers(figures: dict) -> None:
+    rows = sorted(figures["by_layer"], key=lambda row: -row[STATIC])
+    cells = [(row["layer"], f"{row['dynamic']:.2g}", f"{row[STATIC]:.2g}") for row in rows]
+    header = ("in int8", "KL (nats), dynamic", f"KL (nats), {STATIC}")
+    print(f"\n{markdown_table(header, cells)}\n\n{environment_line(figures['environment'])}")
+
+
 def print_table(figures: dict) -> None:
+    if "by_layer" in figures:
+        print_layers(figures)
+        return
     header = ("engine", "int8", "top-1 (%)", "images lost, won", "same class as fp32 (%)", "images/s", "x fp32 there",
               "file (MB)")  # fmt: skip
     rows = [
@@ -148,14 +199,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch_size", type=int, default=8)
     add("--output", type=Path, default=Path("outputs/quantization.json"))
     add("--only_dynamic", action="store_true", help="the export's default and float32 in onnxruntime, nothing else")
+    add("--by_layer", action="store_true", help="one linear layer at a time, instead of ways and engines")
     add("--show", type=Path, help="only print the table of figures written before")
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.show is None:
         if arguments.model is None:
             parser.error("name a model")
-        figures = measure(arguments.model, arguments.num_images, arguments.num_calibration_images,
-                          arguments.batch_size, arguments.only_dynamic, **dataset_options(arguments))  # fmt: skip
+        if arguments.by_layer:
+            figures = measure_by_layer(arguments.model, arguments.num_images, arguments.num_calibration_images,
+                                       **dataset_options(arguments))  # fmt: skip
+        else:
+            figures = measure(arguments.model, arguments.num_images, arguments.num_calibration_images,
+                              arguments.batch_size, arguments.only_dynamic, **dataset_options(arguments))  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     else:

@@ -1,14 +1,19 @@
 """ONNX files in fewer bits: linear layers in 8-bit integers, or everything in float16."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 
-def quantize_onnx(source: str | Path, path: str | Path, calibration: torch.Tensor | None = None) -> None:
+def quantize_onnx(
+    source: str | Path,
+    path: str | Path,
+    calibration: torch.Tensor | None = None,
+    kept_in_float: Collection[str] = (),
+) -> None:
     """
     Turn the linear layers of an ONNX file into 8-bit integers: weights per output channel; activations as they come
     (dynamic), or, with calibration images, by the least and largest value that each had on these (static). Products
@@ -29,9 +34,10 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: torch.Tenso
         path (`str` or `Path`): the file to write, about a quarter of the size.
         calibration (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): processed training
             images, a hundred or so, in float32.
+        kept_in_float (`Collection[str]`, *optional*): linear layers to leave as they are, by [`linear_nodes`].
 
     Raises:
-        ValueError: if there is no calibration image.
+        ValueError: if there is no calibration image, or no such layer.
     """
     from onnxruntime.quantization import quantize_dynamic
 
@@ -42,40 +48,61 @@ def quantize_onnx(source: str | Path, path: str | Path, calibration: torch.Tenso
     root.setLevel(logging.ERROR)  # it advises a preprocessing step that changes nothing in these graphs
     try:
         if calibration is None:
-            quantize_dynamic(str(source), str(path), **_linear_layers(source))
+            quantize_dynamic(str(source), str(path), **_linear_layers(source, kept_in_float))
         else:
-            quantize_by_images(source, path, calibration)
+            quantize_by_images(source, path, calibration, kept_in_float)
     finally:
         root.setLevel(level)
     if calibration is None:
         _take_images_one_by_one(path)
 
 
-def quantize_by_images(source: str | Path, path: str | Path, calibration: torch.Tensor, **options) -> None:
+def quantize_by_images(
+    source: str | Path, path: str | Path, calibration: torch.Tensor, kept_in_float: Collection[str] = (), **options
+) -> None:
     """The static int8 of [`quantize_onnx`]; `options` go to onnxruntime's `quantize_static`."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    layers = _linear_layers(source)
+    layers = _linear_layers(source, kept_in_float)
     layers["extra_options"] |= options.pop("extra_options", {})
     options |= {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
     quantize_static(str(source), str(path), CalibrationImages(calibration), **layers, **options)
 
 
-def _linear_layers(source: str | Path) -> dict:
+LINEAR = ("MatMul", "Gemm")
+
+
+def linear_nodes(source: str | Path) -> dict[str, np.ndarray]:
+    """Weights `(inputs, outputs)`, of a Gemm turned, of an ONNX file's linear layers by the names of their nodes."""
+    return {name: weights for name, weights in _products(source).items() if weights is not None}
+
+
+def _products(source: str | Path) -> dict[str, np.ndarray | None]:
+    """Weights by node; `None` where both factors are activations."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(source).graph
+    weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    return {node.name: weights.get(node.input[1]) for node in graph.node if node.op_type in LINEAR}
+
+
+def _linear_layers(source: str | Path, kept_in_float: Collection[str]) -> dict:
     """
     onnxruntime's options for the linear layers of a file and nothing else. Static scales ignore `MatMulConstBOnly`,
     so the products of attention are named. What a layer gives stays in float: to round it costs accuracy and time.
     """
-    import onnx
     from onnxruntime.quantization import QuantType
 
-    graph = onnx.load(source).graph
-    constants = {one.name for one in graph.initializer}
-    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+    products = _products(source)
+    if unknown := sorted(set(kept_in_float) - set(products)):
+        raise ValueError(f"No linear layers of this file: {', '.join(unknown)}. It has {', '.join(products)}.")
+    exact = [name for name, weights in products.items() if weights is None or name in kept_in_float]
+    exact += [f"{name}_MatMul" for name in exact]  # what onnxruntime makes of a Gemm before it looks
     return {
-        "op_types_to_quantize": ["MatMul", "Gemm"], "nodes_to_exclude": products, "per_channel": True,
-        "reduce_range": True, "weight_type": QuantType.QInt8,
-        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+        "op_types_to_quantize": LINEAR, "nodes_to_exclude": exact, "per_channel": True, "reduce_range": True,
+        "weight_type": QuantType.QInt8,
+        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": LINEAR},
     }  # fmt: skip
 
 

@@ -6,9 +6,12 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from benchmarks import quantization
+from lambda_vit_hf.evaluation.classifier import load_classifier
 from lambda_vit_hf.export.onnx import export_onnx
+from lambda_vit_hf.models.families import AutoLambdaModelForImageClassification
 
 
 def test_a_row_for_each_way_and_the_same_table_again(digits_vit, tmp_path, capsys, monkeypatch):
@@ -38,6 +41,22 @@ def test_only_the_default_can_be_asked_for(digits_vit, tmp_path):
                        "--only_dynamic", "--output", str(output)])  # fmt: skip
     rows = json.loads(output.read_text())["rows"]
     assert [(row["engine"], row["int8"]) for row in rows] == [("onnxruntime", "fp32"), ("onnxruntime", "dynamic")]
+
+
+def test_each_linear_layer_has_a_row_by_its_name(digits_vit, tmp_path, capsys):
+    output = tmp_path / "layers.json"
+    quantization.main([digits_vit, "--dataset_name", "digits", "--num_images", "20", "--num_calibration_images", "8",
+                       "--by_layer", "--output", str(output)])  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = {row["layer"]: row for row in json.loads(output.read_text())["by_layer"]}
+    model = load_classifier(digits_vit, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
+    layers = {name for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    assert {name.split(",")[0] for name in rows} == layers | {"all"} and len(rows) > len(layers), "a part or two"
+    for way in ("dynamic", quantization.STATIC):
+        assert rows["all"][way] > 0 and all(row[way] > -1e-6 for row in rows.values())
+        assert max(row[way] for name, row in rows.items() if name != "all") < 2 * rows["all"][way]
+    quantization.main(["--show", str(output)])
+    assert capsys.readouterr().out in printed
 
 
 def test_percentiles_leave_out_what_is_rare(model, tmp_path):

@@ -1,6 +1,7 @@
 """A small ViT trained on digits, whole and with removed layers, exported as transformers.js reads it."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,8 @@ NODE_MODULES = os.environ.get("LAMBDA_VIT_NODE_MODULES")
 needs_node_modules = pytest.mark.skipif(
     not NODE_MODULES, reason="LAMBDA_VIT_NODE_MODULES names no folder with transformers.js"
 )
+if NODE_MODULES and not Path(NODE_MODULES, "node_modules", "@huggingface", "transformers").is_dir():
+    raise pytest.UsageError(f"LAMBDA_VIT_NODE_MODULES: {NODE_MODULES} has no node_modules/@huggingface/transformers.")
 PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
 DIGITS = load_digits()
 NUM_PICTURES = 50
@@ -30,8 +33,11 @@ def gray_digits() -> list[PIL.Image.Image]:
 
 @torch.no_grad()
 def probabilities(model) -> np.ndarray:
-    images = PROCESSOR([one.convert("RGB") for one in gray_digits()], return_tensors="pt")["pixel_values"]
-    return model(images).logits.softmax(dim=1).numpy()
+    return model(processed(gray_digits())).logits.softmax(dim=1).numpy()
+
+
+def processed(pictures: list[PIL.Image.Image]) -> torch.Tensor:
+    return PROCESSOR([one.convert("RGB") for one in pictures], return_tensors="pt")["pixel_values"]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +66,10 @@ def train(model, steps: int) -> None:
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
-    """Folder and PyTorch's answers by name: a small trained ViT, and it without 2 of its 4 attentions, folded."""
+    """
+    Folder and PyTorch's answers by name: a small trained ViT, and it without 2 of its 4 attentions, folded; the latter
+    also with int8 by scales of images.
+    """
     torch.manual_seed(0)
     config = LambdaViTConfig(
         image_size=8, patch_size=2, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
@@ -77,6 +86,8 @@ def exports(tmp_path_factory):
     model.prepare_for_inference()
     found["removed"] = folder / "removed", probabilities(model)
     export_for_serving(model, PROCESSOR, folder / "removed", int8=True)
+    found["static"] = folder / "static", found["removed"][1]
+    export_for_serving(model, PROCESSOR, folder / "static", int8=True, calibration=processed(gray_digits()))
     return found
 
 

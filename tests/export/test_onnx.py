@@ -21,7 +21,7 @@ from lambda_vit_hf.export.onnx import (
     exported_program,
 )
 from lambda_vit_hf.export.openvino_ir import export_openvino, openvino_core, run_openvino
-from lambda_vit_hf.export.precision import halve_onnx, quantize_onnx
+from lambda_vit_hf.export.precision import halve_onnx, linear_nodes, quantize_onnx
 from lambda_vit_hf.export.variants import run_session
 from lambda_vit_hf.models.mapped_attention import LinearMap
 from tests.conftest import TINY, perturb
@@ -137,6 +137,21 @@ def test_int8_takes_the_linear_layers_and_nothing_else(in_int8):
     }
     rounded = [node.input[0] for node in nodes if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")]
     assert 0 < len(rounded) <= num_linear and not given & set(rounded)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_layers_can_be_kept_in_float_by_name(in_int8, tmp_path, is_static):
+    source, images = in_int8[1] / "model.onnx", torch.randn(4, 3, 16, 16) if is_static else None
+    nodes = linear_nodes(source)
+    kept = [list(nodes)[1], list(nodes)[-1]]  # a MatMul and the head, a Gemm
+    quantize_onnx(source, tmp_path / "some.onnx", images, kept_in_float=kept)
+    assert len(_quantized_weights(tmp_path / "some.onnx")) == len(nodes) - 2
+    quantize_onnx(source, tmp_path / "none.onnx", images, kept_in_float=list(nodes))
+    assert not _quantized_weights(tmp_path / "none.onnx")
+    assert compare_onnx(in_int8[0], tmp_path / "none.onnx", torch.randn(5, 3, 16, 16)).max_difference < 1e-4
+    with pytest.raises(ValueError, match="No linear layers of this file: mlp"):
+        quantize_onnx(source, tmp_path / "other.onnx", images, kept_in_float=["mlp"])
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_int8_logits_of_an_image_do_not_depend_on_its_batch(in_int8):

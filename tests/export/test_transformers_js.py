@@ -45,7 +45,7 @@ def test_probabilities_are_those_of_pytorch(exports, pictures, name):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["whole", "removed"])
+@pytest.mark.parametrize("name", ["whole", "removed", "static"])
 def test_int8_has_the_same_top_1_whatever_is_in_the_batch(exports, pictures, name):
     folder, expected = exports[name]
     answer = in_node(folder=str(folder), dtype="q8", pictures=pictures)
