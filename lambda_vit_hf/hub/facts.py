@@ -44,6 +44,7 @@ class ModelCardFacts:
         license, language: of the weights.
         fade_to: what attention faded to: `"identity"`, or nothing, `"skip"`.
         linear_maps: layers, 0-based, in which a linear map took the place of attention before this training.
+        merged_tokens: how many pairs of tokens become one in each layer; empty where none do.
         folded: whether the removed layers' identity is in the weights that follow.
         pictures: file names in the model's folder, keys `entropy` and `training`.
         repo_id: where the usage example finds the model; by default its name.
@@ -67,6 +68,7 @@ class ModelCardFacts:
     language: str | list[str] | None = None
     fade_to: str = "identity"
     linear_maps: list[int] = field(default_factory=list)
+    merged_tokens: list[int] = field(default_factory=list)
     folded: bool = False
     pictures: dict[str, str] = field(default_factory=dict)
     repo_id: str | None = None
@@ -99,14 +101,23 @@ def facts_of_training(
         "training": _training_rows(args, state, lambda_schedule, describe_environment(model.device)),
         "evaluation": {name.removeprefix("eval_"): f"{value:.4f}" for name, value in metrics.items()},
         "accuracy": metrics.get("eval_accuracy"),
-        "base_model": hub_base_model(model.config),
-        "fade_to": model.config.fade_to,
-        "linear_maps": model.config.removed_layers if model.config.fade_to == "linear" else [],
-        "folded": model.config.fold_removed,
         "repo_id": args.hub_model_id,
-        "is_classifier": model.has_class_head,
+        **facts_of_model(model),
     }
     return ModelCardFacts(selection=selection, **{**facts, **known})
+
+
+def facts_of_model(model: LambdaPreTrainedModel) -> dict:
+    """What a model tells by itself, whoever trained it."""
+    config = model.config
+    return {
+        "base_model": hub_base_model(config),
+        "fade_to": config.fade_to,
+        "linear_maps": config.removed_layers if config.fade_to == "linear" else [],
+        "merged_tokens": config.token_merging_schedule(),
+        "folded": config.fold_removed,
+        "is_classifier": model.has_class_head,
+    }
 
 
 def final_evaluation(args, state) -> dict[str, float]:

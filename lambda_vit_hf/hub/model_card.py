@@ -75,6 +75,18 @@ def _changes_table(facts: ModelCardFacts) -> str:
     return markdown_table(header, rows)
 
 
+def _merging_text(facts: ModelCardFacts) -> str:
+    numbers = [number for number in facts.merged_tokens if number]
+    if not numbers:
+        return ""
+    wanted = f"{numbers[0]} of them" if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)} of them"
+    blocks = [layer for layer, number in enumerate(facts.merged_tokens) if number]
+    return (
+        f" Tokens merge: in layers {blocks} (0-based) the pairs of an image's tokens that are most alike become one"
+        f" token each, {wanted} in a layer ([ToMe](https://arxiv.org/abs/2210.09461))."
+    )
+
+
 def _introduction(facts: ModelCardFacts) -> str:
     layers = len(facts.selection.layers)
     chosen = "Entropy chose the layers (NOSE). " if facts.selection.strategy == "nose" else ""
@@ -137,7 +149,7 @@ def write_model_card(folder: str | Path, facts: ModelCardFacts) -> Path:
     template = resources.files("lambda_vit_hf.model_cards").joinpath("model_card.md.jinja").read_text("utf-8")
     body = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(template).render(
         title=_plain(facts.name),
-        introduction=_introduction(facts),
+        introduction=_introduction(facts) + _merging_text(facts),
         comparison_table=rows and markdown_table(["", "before", "after"], rows),
         measured_on=facts.measured_on and _plain(facts.measured_on),
         evaluation_table=_table(["metric", "value"], facts.evaluation),

@@ -38,6 +38,12 @@ class ModelArguments:
     drop_path_schedule: str | None = field(
         default=None, metadata={"help": "constant (default) or linear (grows with depth)."}
     )
+    token_merging_r: int | None = field(
+        default=None, metadata={"help": "Train with this many tokens merged per block that keeps attention."}
+    )
+    token_merging_start: int | None = field(
+        default=None, metadata={"help": "The first of these blocks that merges (0)."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     image_size: int | None = field(
         default=None, metadata={"help": "Height and width in pixels; a checkpoint's positions are interpolated."}

@@ -7,7 +7,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from ..hub.facts import ModelCardFacts, comparison_rows, final_evaluation, hub_base_model, model_size
+from ..hub.facts import ModelCardFacts, comparison_rows, facts_of_model, final_evaluation, model_size
 from ..hub.model_card import write_model_card
 from ..models.checksums import check_checksums, write_checksums
 from ..models.families import load_as_saved
@@ -149,8 +149,5 @@ def _facts(output_dir, model, size_before, run: _Run) -> ModelCardFacts:
         training=run.training,
         evaluation={name.removeprefix("eval_"): f"{value:.4f}" for name, value in run.metrics.items()},
         accuracy=run.metrics.get("eval_accuracy"),
-        base_model=hub_base_model(model.config),
-        fade_to=model.config.fade_to,
-        folded=model.config.fold_removed,
-        is_classifier=hasattr(model, "classifier"),
+        **facts_of_model(model),
     )

@@ -25,7 +25,14 @@ _SHAPE = {
     "intermediate_size": 768,
     "initializer_range": 0.02,
 }
-_OPTIONAL = ("drop_path_rate", "drop_path_schedule", "image_size", "attn_implementation")
+_OPTIONAL = (
+    "drop_path_rate",
+    "drop_path_schedule",
+    "token_merging_r",
+    "token_merging_start",
+    "image_size",
+    "attn_implementation",
+)
 
 
 def load_starting_model(

@@ -288,6 +288,13 @@ def test_the_card_tells_what_each_number_of_layers_changes(facts, selection, tmp
     assert "Before any training" not in parts(tmp_path, facts())[1]
 
 
+def test_the_card_of_a_model_that_merges_tokens_says_so(facts, tmp_path):
+    assert "merge" not in parts(tmp_path, facts(merged_tokens=[0, 0, 0]))[1]
+    _, text = parts(tmp_path, facts(merged_tokens=[0, 16, 16]))
+    assert "in layers [1, 2] (0-based)" in text and "16 of them in a layer" in text
+    assert "8 to 16 of them in a layer" in parts(tmp_path, facts(merged_tokens=[8, 0, 16]))[1]
+
+
 def test_the_card_of_a_model_with_linear_maps_says_so(facts, tmp_path):
     _, text = parts(tmp_path, facts(selection=AttentionSelection(order=[]), fade_to="linear", linear_maps=[1, 4]))
     assert "linear maps in the place of the attention in 2 of its layers" in text

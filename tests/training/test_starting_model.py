@@ -3,8 +3,10 @@
 import logging
 
 import pytest
+import torch
 from transformers import DeiTImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
+from lambda_vit_hf import LambdaDINOv3ViTConfig, LambdaDINOv3ViTForImageClassification, LambdaViTForImageClassification
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, ModelArguments, parse_arguments
 from lambda_vit_hf.training.output_folder import OutputFolder
 from lambda_vit_hf.training.starting_model import load_starting_model
@@ -100,6 +102,31 @@ def test_another_number_of_classes_needs_a_word(named, tmp_path):
         load(named, ["cat", "dog"], tmp_path)
     model, _, is_new = load(named, ["cat", "dog"], tmp_path, ignore_mismatched_sizes=True)
     assert is_new and model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_token_merging_is_on_from_the_start_and_saved(named, tmp_path, is_new):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--token_merging_r", "2", "--token_merging_start", "1"]
+    source = ["digits"] if is_new else ["--model_name_or_path", str(named), "--dataset_dir", str(tmp_path)]
+    parsed = parse_arguments([*source, "--num_removed_layers", "2", *arguments], PROGRAM_ARGUMENTS)
+    model, *_ = load_starting_model(parsed[0], NAMES, OutputFolder(tmp_path / "out"), False)
+    model.save_pretrained(tmp_path / "saved")
+    config = LambdaViTForImageClassification.from_pretrained(tmp_path / "saved").config
+    assert (config.token_merging_r, config.token_merging_start) == (2, 1)
+    side = config.image_size
+    features = model(torch.zeros(1, 3, side, side), output_hidden_states=True).hidden_states
+    tokens = features[0].shape[1]
+    assert [one.shape[1] for one in features[1:4]] == [tokens, tokens - 2, tokens - 4]
+
+
+def test_token_merging_of_a_family_that_cannot_is_refused(tmp_path):
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    LambdaDINOv3ViTForImageClassification(LambdaDINOv3ViTConfig(**shape, num_labels=5)).save_pretrained(
+        tmp_path / "dinov3"
+    )
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov3")
+    with pytest.raises(ValueError, match=r"[Tt]oken"):
+        load(tmp_path / "dinov3", NAMES, tmp_path, token_merging_r=2)
 
 
 def test_a_shape_that_is_not_the_checkpoints_is_refused(named, tmp_path):
