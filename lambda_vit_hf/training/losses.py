@@ -108,7 +108,8 @@ class DistillationLoss:
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             images = images / self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, images)
+        with self.accelerator.autocast():  # so that the teacher computes as the student does
+            loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, images)
         return (loss, outputs) if return_outputs else loss
     ```
     """

@@ -156,7 +156,8 @@ class ImageClassificationTrainer(ImageTrainer):
         num_images = self.images_of_loss(inputs["labels"], num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None:
-            loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)
+            with self.accelerator.autocast():  # which accelerate has put around the student's forward only
+                loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -121,6 +121,17 @@ def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone(model, tmp_p
         assert torch.equal(mine, theirs) and mine.grad is None
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_computes_as_the_student_does(model, tmp_path, bf16):
+    trainer, seen = make(model, tmp_path, max_steps=1, bf16=bf16, use_cpu=True), {}
+    trainer.distillation = DistillationLoss(model)
+    for name, one in {"student": model, "teacher": trainer.distillation.teacher}.items():
+        one.encoder_layers[0].mlp.register_forward_hook(lambda *hook, name=name: seen.update({name: hook[2].dtype}))
+    trainer.train()
+    assert seen == dict.fromkeys(("student", "teacher"), torch.bfloat16 if bf16 else torch.float32)
+    assert {one.dtype for one in trainer.distillation.teacher.parameters()} == {torch.float32}
+
+
 def test_the_length_of_training_is_known_beforehand(model, tmp_path):
     assert make(model, tmp_path, gradient_accumulation_steps=4).count_steps() == (2, 4)
     assert make(model, tmp_path, max_steps=7).count_steps() == (6, 7)
