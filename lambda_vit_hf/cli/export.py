@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_checksums(arguments.output_dir)
     print(*checks, sep="\n")
     if arguments.int8 and arguments.int8_scales is None:
-        print("int8 scales the activations of each image, which keeps most answers; --int8_scales static is faster.")
+        print("int8 scales the activations of each image; --int8_scales static takes training images, and is faster.")
     print(f"Written to {arguments.output_dir}.")
 
 
