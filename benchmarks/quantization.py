@@ -198,8 +198,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--num_calibration_images", type=int, default=128)
     add("--batch_size", type=int, default=8)
     add("--output", type=Path, default=Path("outputs/quantization.json"))
-    add("--only_dynamic", action="store_true", help="the export's default and float32 in onnxruntime, nothing else")
-    add("--by_layer", action="store_true", help="one linear layer at a time, instead of ways and engines")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--only_dynamic", action="store_true", help="the export's default and float32 in onnxruntime, nothing else"
+    )
+    ways.add_argument(
+        "--by_layer", action="store_true", help="one linear layer at a time, instead of ways and engines"
+    )
     add("--show", type=Path, help="only print the table of figures written before")
     add_dataset_options(parser)
     arguments = parser.parse_args(argv)

@@ -74,16 +74,17 @@ LINEAR = ("MatMul", "Gemm")
 
 def linear_nodes(source: str | Path) -> dict[str, np.ndarray]:
     """Weights `(inputs, outputs)`, of a Gemm turned, of an ONNX file's linear layers by the names of their nodes."""
-    return {name: weights for name, weights in _products(source).items() if weights is not None}
-
-
-def _products(source: str | Path) -> dict[str, np.ndarray | None]:
-    """Weights by node; `None` where both factors are activations."""
-    import onnx
     from onnx import numpy_helper
 
+    return {name: numpy_helper.to_array(one) for name, one in _products(source).items() if one is not None}
+
+
+def _products(source: str | Path) -> dict:
+    """Weights, as ONNX has them, by node; `None` where both factors are activations."""
+    import onnx
+
     graph = onnx.load(source).graph
-    weights = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    weights = {one.name: one for one in graph.initializer}
     return {node.name: weights.get(node.input[1]) for node in graph.node if node.op_type in LINEAR}
 
 
@@ -95,8 +96,9 @@ def _linear_layers(source: str | Path, kept_in_float: Collection[str]) -> dict:
     from onnxruntime.quantization import QuantType
 
     products = _products(source)
-    if unknown := sorted(set(kept_in_float) - set(products)):
-        raise ValueError(f"No linear layers of this file: {', '.join(unknown)}. It has {', '.join(products)}.")
+    linear = [name for name, weights in products.items() if weights is not None]
+    if unknown := sorted(set(kept_in_float) - set(linear)):
+        raise ValueError(f"No linear layers of this file: {', '.join(unknown)}. It has {', '.join(linear)}.")
     exact = [name for name, weights in products.items() if weights is None or name in kept_in_float]
     exact += [f"{name}_MatMul" for name in exact]  # what onnxruntime makes of a Gemm before it looks
     return {
