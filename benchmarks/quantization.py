@@ -93,13 +93,23 @@ def write_files(
     return found
 
 
+def load_model_and_images(
+    model_name: str, num_images: int, num_calibration_images: int, **dataset
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model as it is exported, images to be measured on and their labels, and training images for scales."""
+    model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
+    images, labels = labelled_images(model_name, num_images=num_images, **dataset)
+    calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
+    return model, images, labels, calibration
+
+
 def measure(
     model_name: str, num_images: int, num_calibration_images: int, batch_size: int, only_dynamic: bool, **dataset
 ) -> dict:
     """Accuracy, file size and speed of each way, and of float32 in the same engine."""
-    model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
-    images, labels = labelled_images(model_name, num_images=num_images, **dataset)
-    calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
+    model, images, labels, calibration = load_model_and_images(
+        model_name, num_images, num_calibration_images, **dataset
+    )
     with tempfile.TemporaryDirectory() as folder:
         found = write_files(model, calibration, Path(folder), only_dynamic)
         logits = {key: torch.cat([run(batch) for batch in images.split(50)]) for key, (_, run) in found.items()}
@@ -132,9 +142,7 @@ def measure(
 
 def measure_by_layer(model_name: str, num_images: int, num_calibration_images: int, **dataset) -> dict:
     """KL divergence (nats) of the class probabilities from float32's, with one linear layer in int8, and with all."""
-    model = load_classifier(model_name, model_class=AutoLambdaModelForImageClassification).prepare_for_inference()
-    images, _ = labelled_images(model_name, num_images=num_images, **dataset)
-    calibration, _ = labelled_images(model_name, num_images=num_calibration_images, **{**dataset, "split": "train"})
+    model, images, _, calibration = load_model_and_images(model_name, num_images, num_calibration_images, **dataset)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         exact, path = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"

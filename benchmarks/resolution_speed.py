@@ -51,22 +51,24 @@ MODELS = {
 ORDER = (0, 1, 3, 4, 6, 9)
 
 
-def build_models(family: str, shape: Mapping, image_size: int, numbers: Sequence[int]) -> dict[int, nn.Module]:
+def build_model(family: str, shape: Mapping, image_size: int, number: int) -> nn.Module:
     """
-    By number of removed layers: 0 is transformers' own model, the others are this package's, folded. In eval mode.
+    transformers' own model where no layer is removed, else this package's, folded. In eval mode.
 
     Raises:
         ValueError: if the model has no such layers.
     """
-    shape = {**shape, "image_size": image_size, "num_labels": 1000}
-    models: dict[int, nn.Module] = {}
-    for number in (0, *numbers):
-        config = FAMILIES[family][number > 0](**shape)  # one for each: removal writes to it
-        models[number] = AutoModelForImageClassification.from_config(config, attn_implementation="sdpa")
-        if number:
-            models[number].remove_attention(list(ORDER[:number]))
-            models[number].fold_removed_attention()
-    return {number: model.eval() for number, model in models.items()}
+    config = FAMILIES[family][number > 0](**shape, image_size=image_size, num_labels=1000)
+    model = AutoModelForImageClassification.from_config(config, attn_implementation="sdpa")
+    if number:
+        model.remove_attention(list(ORDER[:number]))
+        model.fold_removed_attention()
+    return model.eval()
+
+
+def random_images(batch_size: int, image_size: int) -> torch.Tensor:
+    """The same each time, `(batch, 3, height, width)`."""
+    return torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
 def count_tokens(config: PreTrainedConfig) -> int:
@@ -107,8 +109,8 @@ def measure_resolutions(
     rows = []
     cases = [(name, size) for name in models for size in image_sizes]
     for name, image_size in tqdm(cases, desc="models and sizes", disable=disable_tqdm):
-        built = build_models(*models[name], image_size, numbers)
-        images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        built = {number: build_model(*models[name], image_size, number) for number in (0, *numbers)}
+        images = random_images(batch_size, image_size)
         runs = {str(number): lambda model=model, images=images: model(images) for number, model in built.items()}
         seconds = interleave(runs, max_rounds, warm_up=1, max_seconds=max_seconds)
         macs = {number: count_macs(model.config) for number, model in built.items()}
@@ -153,11 +155,11 @@ def measure_peak_memory(
     cases = [(name, size, number) for name in models for size in image_sizes for number in (0, *numbers)]
     rows = []
     for name, image_size, number in tqdm(cases, desc="processes", disable=disable_tqdm):
-        build = functools.partial(build_one, *models[name], image_size, number, batch_size)
-        model, _ = build()
+        with torch.device("meta"):
+            model = build_model(*models[name], image_size, number)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         tokens = count_tokens(model.config)
-        del model
+        build = functools.partial(build_model_and_images, *models[name], image_size, number, batch_size)
         row = {"model": name, "image_size": image_size, "tokens": tokens, "num_removed": number}
         rows.append({**row, "peak_bytes": peak_memory_of_process(build, name), "weights_bytes": weights})
     environment = {**describe_environment(), "engine": "PyTorch fp32, sdpa", "batch": batch_size}
@@ -169,10 +171,11 @@ def _check_numbers(numbers: Sequence[int]) -> None:
         raise ValueError(f"Remove 1 to {len(ORDER)} layers, got {list(numbers)}.")
 
 
-def build_one(family: str, shape: Mapping, image_size: int, number: int, batch_size: int):
-    """A model of [`build_models`], and images for it."""
-    numbers = (number,) if number else ()
-    return build_models(family, shape, image_size, numbers)[number], torch.randn(batch_size, 3, image_size, image_size)
+def build_model_and_images(
+    family: str, shape: Mapping, image_size: int, number: int, batch_size: int
+) -> tuple[nn.Module, torch.Tensor]:
+    """What a process of [`measure_peak_memory`] runs."""
+    return build_model(family, shape, image_size, number), random_images(batch_size, image_size)
 
 
 def memory_table(result: dict) -> str:

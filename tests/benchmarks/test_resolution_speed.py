@@ -10,7 +10,7 @@ from transformers import Dinov2ForImageClassification, ViTForImageClassification
 from benchmarks import resolution_speed
 from benchmarks.resolution_speed import (
     MODELS,
-    build_models,
+    build_model,
     measure_peak_memory,
     measure_resolutions,
     memory_table,
@@ -32,7 +32,7 @@ WHOLE = {"vit": ViTForImageClassification, "dinov2": Dinov2ForImageClassificatio
 
 @pytest.mark.parametrize("family", WHOLE)
 def test_the_whole_model_is_transformers_and_differs_in_removed_attention_alone(family):
-    models = build_models(*TINY[family], 8, (1, 3))
+    models = {number: build_model(*TINY[family], 8, number) for number in (0, 1, 3)}
     assert type(models[0]) is WHOLE[family] and models[0].config._attn_implementation == "sdpa"
     assert [models[number].config.removed_layers for number in (1, 3)] == [[0], [0, 1, 3]]
     assert all(model.config._attn_implementation == "sdpa" and not model.training for model in models.values())
