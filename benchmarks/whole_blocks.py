@@ -5,6 +5,7 @@ import copy
 import torch
 
 from lambda_vit_hf.evaluation.accounting import count_macs
+from lambda_vit_hf.models.problem_type import SINGLE_LABEL
 from lambda_vit_hf.selection.output_change import sum_of_changes
 from lambda_vit_hf.selection.strategies import greedy
 
@@ -71,6 +72,6 @@ def choose_blocks(model, calibration: torch.Tensor, number: int, batch_size: int
     whole = logits(model)
 
     def changes(sets: list[list[int]]) -> list[float]:
-        return [sum_of_changes(whole, logits(without_blocks(model, blocks)), True)[0].item() for blocks in sets]
+        return [sum_of_changes(whole, logits(without_blocks(model, one)), SINGLE_LABEL)[0].item() for one in sets]
 
     return sorted(greedy(range(model.config.num_hidden_layers), number, changes))

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoImageProcessor
 
     from ..evaluation.classifier import load_classifier
-    from ..evaluation.evaluate import class_indices, evaluate_model, load_split, read_images
+    from ..evaluation.evaluate import check_has_classes, class_indices, evaluate_model, load_split, read_images
     from ..evaluation.throughput import describe_environment, environment_line
 
     if arguments.output:
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.main_process_first():
         dataset = load_split(split=arguments.split, **dataset_options(arguments))
     model = load_classifier(arguments.model, getattr(torch, arguments.dtype))
+    check_has_classes(model.config)
     classes = class_indices(dataset.features["label"].names, model.config.id2label, arguments.labels_by_index)
     images = read_images(dataset, AutoImageProcessor.from_pretrained(arguments.model))
     figures = evaluate_model(model, images, accelerator, classes, arguments.batch_size, arguments.num_workers)

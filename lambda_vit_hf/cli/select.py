@@ -41,7 +41,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         metavar="NATS",
         dest="max_divergence",
-        help="as many layers as keep the KL divergence within this; without a class head 1 - cosine of the features",
+        help="as many layers as keep the KL divergence within this; of values half the squared change, without a class"
+        " head 1 - cosine of the features",
     )
     add("--min_agreement", type=float, help="as many as leave this share of images their class, in [0, 1]")
     add("--strategy", help="nose (default; with --linear_maps divergence), beam, exhaustive, cosine, last, ...")
@@ -125,7 +126,7 @@ def _check(arguments: argparse.Namespace, config, model) -> None:
     fit_to_model(config, model)
     kept, count = model.config.kept_layers, 1
     if _asks_how_many(arguments):
-        _check_bounds(arguments, model)
+        _check_bounds(arguments, config, model)
     else:
         count = count_layers(len(kept), arguments.num_removed_layers, arguments.removal_ratio)
     if arguments.linear_maps:
@@ -162,10 +163,13 @@ def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_m
     return curve.selection_of(number) if number else None
 
 
-def _check_bounds(arguments: argparse.Namespace, model) -> None:
+def _check_bounds(arguments: argparse.Namespace, config, model) -> None:
+    from ..selection.checks import fit_to_model
+    from ..selection.output_change import AGREEMENTS, kind_of_output
+
     share, most = arguments.min_agreement, arguments.max_divergence
-    if share is not None and (not model.has_class_head or model.newly_initialized_head):
-        raise ValueError("--min_agreement needs a trained class head: use --max_divergence.")
+    if share is not None and kind_of_output(model, fit_to_model(config, model).output) not in AGREEMENTS:
+        raise ValueError("--min_agreement needs a trained head of classes: use --max_divergence.")
     if (share is not None and not 0 <= share <= 1) or (most is not None and not most >= 0):
         raise ValueError("--min_agreement must lie in [0, 1], and --max_kl must be 0 or more.")
 
@@ -174,11 +178,11 @@ def print_curve(curve, number: int | None) -> None:
     """The table: a row for each number of layers; then what other strategies take, at the number that was chosen."""
     from ..evaluation.throughput import environment_line, markdown_table
 
-    has_head, whole = curve.points[0].agreement is not None, curve.points[0]
-    header = ["removed", "last removed", "transfer entropy (nats)", *_change_names(has_head), "parameters", "MACs"]
+    whole = curve.points[0]
+    header = ["removed", "last removed", "transfer entropy (nats)", *_change_names(whole), "parameters", "MACs"]
     rows = [
         [removed, point.layers[-1] if point.layers else "", f"{point.transfer_entropy:+.4f}",
-         *_change_cells(point, has_head), f"{point.parameters:,}", f"{point.macs:,}",
+         *_change_cells(point), f"{point.parameters:,}", f"{point.macs:,}",
          f"{point.images_per_second:,.0f}", f"{point.images_per_second / whole.images_per_second:.2f}x"]
         for removed, point in enumerate(curve.points)
     ]  # fmt: skip
@@ -186,24 +190,25 @@ def print_curve(curve, number: int | None) -> None:
     print(environment_line(curve.environment))
     if number:
         rows = [
-            [name, " ".join(map(str, sorted(points[number].layers))), *_change_cells(points[number], has_head)]
+            [name, " ".join(map(str, sorted(points[number].layers))), *_change_cells(points[number])]
             for name, points in {curve.selection.strategy: curve.points, **curve.compared}.items()
         ]
         print(f"\n{number} layers, by strategy:\n")
-        print(markdown_table(["strategy", "layers", *_change_names(has_head)], rows))
+        print(markdown_table(["strategy", "layers", *_change_names(whole)], rows))
 
 
-def _change_names(has_head: bool) -> list[str]:
-    return ["KL (nats)", "same class (%)"] if has_head else ["1 - cosine"]
+def _change_names(change) -> list[str]:
+    from ..selection.output_change import AGREEMENTS, DIVERGENCES
+
+    return [DIVERGENCES[change.kind], *([f"{AGREEMENTS[change.kind]} (%)"] if change.kind in AGREEMENTS else [])]
 
 
-def _change_cells(point, has_head: bool) -> list[str]:
-    return [f"{point.divergence:.4f}", *([f"{100 * point.agreement:.1f}"] if has_head else [])]
+def _change_cells(change) -> list[str]:
+    return [f"{change.divergence:.4f}", *([] if change.agreement is None else [f"{100 * change.agreement:.1f}"])]
 
 
 def _change_text(change) -> str:
-    has_head = change.agreement is not None
-    cells = zip(_change_names(has_head), _change_cells(change, has_head), strict=True)
+    cells = zip(_change_names(change), _change_cells(change), strict=True)
     return ", ".join(f"{name} {value}" for name, value in cells)
 
 

@@ -13,6 +13,7 @@ from ..data.dataset import LEFT_OUT, ProcessedImages, collate
 from ..data.decoding import UnreadableImages
 from ..data.folders import load_image_dataset
 from ..data.sampling import evenly_spaced
+from ..models.problem_type import REGRESSION, problem_type_of
 from .metrics import classification_metrics, shortlist
 
 
@@ -70,7 +71,9 @@ def labelled_images(
     order of its classes. Unreadable ones are left out. For `columns` see [`load_split`].
     """
     dataset = load_split(name, directory, **columns)
-    classes = class_indices(dataset.features["label"].names, AutoConfig.from_pretrained(model).id2label)
+    config = AutoConfig.from_pretrained(model)
+    check_has_classes(config)
+    classes = class_indices(dataset.features["label"].names, config.id2label)
     items = _some_items(dataset, AutoImageProcessor.from_pretrained(model), num_images)
     items = [item for item in items if item["labels"] != LEFT_OUT]
     labels = torch.tensor([classes[item["labels"]] for item in items])
@@ -80,6 +83,15 @@ def labelled_images(
 def _some_items(dataset: datasets.Dataset, image_processor, num_images: int) -> list[dict]:
     images = read_images(dataset, image_processor)
     return [images[index] for index in evenly_spaced(len(images), num_images)]
+
+
+def check_has_classes(config) -> None:
+    """
+    Raises:
+        ValueError: if the logits of a model with this config are values: there is no best of them.
+    """
+    if problem_type_of(config) == REGRESSION:
+        raise ValueError("The model gives values (its `problem_type` is 'regression'), not classes: it has no top-1.")
 
 
 def class_indices(names: Sequence[str], id2label: Mapping[int, str], by_index: bool = False) -> list[int]:

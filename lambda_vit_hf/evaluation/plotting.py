@@ -9,6 +9,7 @@ from matplotlib.figure import Figure  # not pyplot, whose backend and open figur
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from ..selection.output_change import DIVERGENCES
 from ..selection.select import AttentionSelection
 
 
@@ -164,8 +165,7 @@ def plot_removal_curve(curve, path: str | Path, chosen: int | None = None) -> No
         change.plot(numbers, [point.divergence for point in points], lw=1, alpha=0.6, label=name)
     change.plot(numbers, [point.divergence for point in curve.points], "o-", color=ATTENTION,
                 label=curve.selection.strategy)  # fmt: skip
-    has_head = curve.points[0].agreement is not None
-    label = "KL from the whole model (nats)" if has_head else "1 - cosine to the whole model's features"
+    label = f"{DIVERGENCES[curve.points[0].kind]}, from the whole model"
     smallest = min((point.divergence for point in curve.points[1:] if point.divergence > 0), default=1e-3)
     change.set_yscale("symlog", linthresh=smallest)
     change.set(xlabel="attention layers removed", ylabel=label, title="What removal changes, before any training")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..models.pretrained_model import LambdaPreTrainedModel
+from ..models.problem_type import SINGLE_LABEL
 from ..selection.config import SelectionConfig
 from ..selection.processes import rank_and_num_processes
 from ..selection.select import AttentionSelection, select_attention_layers
@@ -29,9 +30,7 @@ class CurvePoint:
     Attributes:
         layers: without attention, 0-based, in the order picked.
         transfer_entropy: of these layers, in nats.
-        divergence: of the class probabilities from the whole model's, KL in nats, the mean over the images; without a
-            class head 1 - cosine of the features.
-        agreement: share of images, in [0, 1], that get the whole model's class; `None` without a class head.
+        divergence, agreement, kind: how far the output is from the whole model's, see [`OutputChange`].
         parameters, macs: of the model, and multiply-accumulates for an image, in a model with linear maps with as many
             more; `None` of strategies compared with.
         images_per_second: measured in turns; `None` where it was not.
@@ -44,6 +43,7 @@ class CurvePoint:
     parameters: int | None = None
     macs: int | None = None
     images_per_second: float | None = None
+    kind: str = SINGLE_LABEL
 
 
 @dataclass
@@ -68,7 +68,7 @@ class RemovalCurve:
         The largest number of layers up to which every number keeps within both bounds; 0 if none does.
 
         Raises:
-            ValueError: if no bound is given, or one is out of range, or agreement is asked for without a class head.
+            ValueError: if no bound is given, or one is out of range, or agreement is asked for where there is none.
         """
         if max_divergence is None and min_agreement is None:
             raise ValueError("Give `max_divergence`, `min_agreement`, or both.")
@@ -77,7 +77,7 @@ class RemovalCurve:
         if min_agreement is not None and not 0 <= min_agreement <= 1:
             raise ValueError(f"`min_agreement` must lie in [0, 1], got {min_agreement}.")
         if min_agreement is not None and self.points[0].agreement is None:
-            raise ValueError("Without a class head there is no agreement: use `max_divergence`.")
+            raise ValueError("Without a head of classes there is no agreement: use `max_divergence`.")
         for number, point in enumerate(self.points[1:]):
             too_far = max_divergence is not None and point.divergence > max_divergence
             if too_far or (min_agreement is not None and point.agreement < min_agreement):
@@ -149,7 +149,7 @@ def removal_curve(
         sets = [picked[:number] for picked in orders.values() for number in range(len(order) + 1)]
         changes, entropies = search.output_change(sets), search.transfer_entropy(sets)
         points = [
-            CurvePoint(list(layers), entropy, change.divergence, change.agreement)
+            CurvePoint(list(layers), entropy, change.divergence, change.agreement, kind=change.kind)
             for layers, entropy, change in zip(sets, entropies, changes, strict=True)
         ]
         measured.update({name: [points.pop(0) for _ in range(len(order) + 1)] for name in orders})

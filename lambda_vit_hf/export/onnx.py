@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, problem_type_of
+from ..selection.output_change import FEATURES
 from .preprocessing import processed_size
 
 
@@ -26,27 +28,32 @@ class ExportCheck:
         file_bytes: its size.
         num_images: images both were run on.
         max_difference: largest difference between two logits, or two features of an encoder.
-        top1_agreement: share of the images that both give the same best class; `None` for an encoder without head.
-        cosine: of an encoder, between the features of a token in both: mean over tokens and images.
+        agreement: by `kind`: of classes the share of images that both give the same best one; of several labels that
+            of images that get the same ones; of values 1 - their root mean square difference, relative to their own;
+            of an encoder's features the cosine of a token in both, mean over tokens and images.
+        kind: of the outputs, as of an [`OutputChange`].
     """
 
     file: str
     file_bytes: int
     num_images: int
     max_difference: float
-    top1_agreement: float | None
-    cosine: float | None = None
+    agreement: float
+    kind: str
 
     @property
     def task(self) -> str:
         """What the Hub calls it."""
-        return "image-feature-extraction" if self.top1_agreement is None else "image-classification"
+        return "image-feature-extraction" if self.kind == FEATURES else "image-classification"
 
     def __str__(self) -> str:
-        if self.top1_agreement is None:
-            value, agreement = "feature", f"mean cosine of tokens {self.cosine:.6f}"
-        else:
-            value, agreement = "logit", f"same top-1 in {100 * self.top1_agreement:.1f} %"
+        agreement = {
+            SINGLE_LABEL: f"same top-1 in {100 * self.agreement:.1f} %",
+            MULTI_LABEL: f"same labels in {100 * self.agreement:.1f} %",
+            REGRESSION: f"root mean square difference {100 * (1 - self.agreement):.2g} %",
+            FEATURES: f"mean cosine of tokens {self.agreement:.6f}",
+        }[self.kind]
+        value = {REGRESSION: "value", FEATURES: "feature"}.get(self.kind, "logit")
         return (
             f"{self.file}: {self.file_bytes / 1e6:.1f} MB; on {self.num_images} images, largest difference of a"
             f" {value} {self.max_difference:.2g}, {agreement}"
@@ -249,18 +256,31 @@ def compare_outputs(
 ) -> ExportCheck:
     """Outputs of a model and of `run`, which computes a batch's outputs by the file `path`, on `images`."""
     rest = images[1:].split(batch_size) if len(images) > 1 else ()
-    differences, agreements = [], []
+    kind, differences, sums = "", [], torch.zeros(2, dtype=torch.float64)
     for batch in (images[:1], *rest):  # batch sizes that were not traced
         outputs = named_outputs(model(batch))
         expected, found = ([one.float().cpu() for one in values] for values in (outputs.values(), run(batch)))
         differences += [(one - other).abs().max() for one, other in zip(expected, found, strict=True)]
-        if "logits" in outputs:
-            agreements.append((expected[0].argmax(dim=1) == found[0].argmax(dim=1)).double())
-        else:
-            agreements.append(nn.functional.cosine_similarity(expected[0], found[0], dim=-1).double().mean(dim=1))
-    agreement = torch.cat(agreements).mean().item()
-    scores = (agreement, None) if "logits" in outputs else (None, agreement)
-    return ExportCheck(path.name, path.stat().st_size, len(images), torch.stack(differences).max().item(), *scores)
+        kind = problem_type_of(model.config) if "logits" in outputs else FEATURES
+        sums += _sums_of_agreement(expected[0], found[0], kind)
+    share = (sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)).item()
+    agreement = 1 - share**0.5 if kind == REGRESSION else share
+    return ExportCheck(
+        path.name, path.stat().st_size, len(images), torch.stack(differences).max().item(), agreement, kind
+    )
+
+
+def _sums_of_agreement(expected: torch.Tensor, found: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the `agreement` of [`ExportCheck`] is a ratio of, for a batch; of values the squares."""
+    expected, found = expected.double(), found.double()
+    if kind == REGRESSION:
+        return torch.stack([(found - expected).square().sum(), expected.square().sum()])
+    if kind == FEATURES:
+        agreeing = nn.functional.cosine_similarity(expected, found, dim=-1).mean(dim=1)
+    else:
+        answers = ((one > 0) if kind == MULTI_LABEL else one.argmax(dim=1, keepdim=True) for one in (expected, found))
+        agreeing = torch.eq(*answers).all(dim=1).double()
+    return torch.stack([agreeing.sum(), torch.tensor(float(len(agreeing)), dtype=torch.float64)])
 
 
 def check_tolerance(check: ExportCheck, model: nn.Module) -> None:

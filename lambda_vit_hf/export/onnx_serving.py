@@ -2,8 +2,9 @@
 
     python serve.py picture.jpg another.png
 
-It reads what transformers.js reads: `onnx/model.onnx`, `preprocessor_config.json`, and the names of the classes in
-`config.json`. `decoding.py` reads pictures as in training; `checksums.py` compares the files with `SHA256SUMS`.
+It reads what transformers.js reads: `onnx/model.onnx`, `preprocessor_config.json`, and in `config.json` the names of
+the classes, and whether an image has one of them, several, or a value for each. `decoding.py` reads pictures as in
+training; `checksums.py` compares the files with `SHA256SUMS`.
 """
 
 import json
@@ -44,7 +45,8 @@ class OnnxImageClassifier:
         folder = Path(folder)
         check_checksums(folder)
         self.preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        labels, self.problem_type = config.get("id2label"), config.get("problem_type", "single_label_classification")
         if labels is None:
             raise ValueError(f"{folder} holds an encoder without class head: it gives features, and no classes.")
         self.labels: list[str] = [labels[str(index)] for index in range(len(labels))]
@@ -70,20 +72,33 @@ class OnnxImageClassifier:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def logits(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
-        """Class scores `(images, classes)`, before softmax."""
+        """Class scores `(images, classes)`, before softmax or sigmoid."""
         pixel_values = np.stack([self.preprocess(image) for image in images])
         return self.session.run(["logits"], {"pixel_values": pixel_values})[0]
 
     def classify(self, images: Sequence[PIL.Image.Image], top_k: int = 5) -> list[list[dict]]:
-        """Of each picture, the `top_k` likeliest classes: `{"label": str, "score": probability}`, best first."""
-        logits = self.logits(images)
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
+        """
+        Of each picture, the `top_k` classes of largest score: `{"label": str, "score": float}`, best first. Scores are
+        those of transformers' pipeline: probabilities, each label's own where an image can have several, or values.
+        """
+        scores = _SCORES[self.problem_type](self.logits(images))
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         return [
             [{"label": self.labels[index], "score": float(row[index])} for index in order]
             for row, order in zip(scores, best, strict=True)
         ]
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return scores / scores.sum(axis=1, keepdims=True)
+
+
+_SCORES = {
+    "single_label_classification": _softmax,
+    "multi_label_classification": lambda logits: 0.5 * (1 + np.tanh(logits / 2)),  # the sigmoid, without overflow
+    "regression": lambda logits: logits,
+}
 
 
 def _resized(image: PIL.Image.Image, size: dict) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..data import decoding
 from ..hub.exported_folder import MODEL_CONFIG
 from ..models import checksums
 from ..models.checksums import write_checksums
+from ..models.problem_type import MULTI_LABEL, REGRESSION, problem_type_of
 from .onnx import ExportCheck, compare_onnx, export_onnx, images_for
 from .openvino_ir import export_openvino
 from .precision import halve_onnx, quantize_onnx
@@ -23,6 +24,10 @@ from .preprocessing import describe_preprocessing, processed_size
 
 
 LEAST_AGREEMENT = 0.9
+NO_SOFTMAX = (
+    "Its logits are no scores of one of several classes: transformers.js's pipeline takes their softmax nevertheless,"
+    " serve.py and transformers do not."
+)
 CLASSIFICATION = "image-classification"
 
 
@@ -67,8 +72,8 @@ def export_for_serving(
         ValueError: if the model is neither classifier nor encoder, does not take float32 RGB images, or fades (lambda
             between 0 and 1); on an option of the image processor that transformers.js does not honour, which is named;
             if it makes images of another size than `images`, or than the model takes; on a difference in outputs; and
-            in int8 or float16 on NaN, or if fewer than 90 % of given `images` keep their best class (encoder: if the
-            mean cosine of tokens is below 0.9). Nothing is left behind.
+            in int8 or float16 on NaN, or if the `agreement` of [`ExportCheck`] on given `images` is below 0.9. Nothing
+            is left behind.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -125,7 +130,11 @@ def describe_graph(config, int8: bool, task: str = CLASSIFICATION) -> dict:
         "model_type": "vit",
         "architectures": ["ViTForImageClassification" if is_classifier else "ViTModel"],
         **{name: getattr(config, name) for name in shape},
-        **({"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}),
+        **(
+            {"id2label": config.id2label, "label2id": config.label2id, "problem_type": problem_type_of(config)}
+            if is_classifier
+            else {}
+        ),
         "lambda_config": MODEL_CONFIG,
         **({} if int8 else {"transformers.js_config": {"dtype": "fp32"}}),
     }
@@ -143,8 +152,7 @@ def _write_graphs(
     for name, write in smaller.items():
         write(exact, folder / name)
         check = compare_onnx(model, folder / name, images)
-        agreement = check.cosine if check.top1_agreement is None else check.top1_agreement
-        is_close = not are_real or agreement >= LEAST_AGREEMENT
+        is_close = not are_real or check.agreement >= LEAST_AGREEMENT
         if not (is_close and np.isfinite(check.max_difference)):
             bits = 8 if name == "model_quantized.onnx" else 16
             raise ValueError(f"{bits} bits are too few for this model. {check}. Export it without them.")
@@ -186,9 +194,9 @@ _USE = {
 
 def _readme(checks: list[ExportCheck]) -> str:
     compared = "".join(f"- {check}\n" for check in checks)
-    task = checks[0].task
+    task, note = checks[0].task, f"{NO_SOFTMAX}\n\n" if checks[0].kind in (MULTI_LABEL, REGRESSION) else ""
     return (
-        f"---\nlibrary_name: transformers.js\npipeline_tag: {task}\ntags:\n- onnx\n---\n\n{_USE[task]}"
+        f"---\nlibrary_name: transformers.js\npipeline_tag: {task}\ntags:\n- onnx\n---\n\n{_USE[task]}{note}"
         "`config.json` says `vit` to whoever runs the graph; the config of the model that was exported is"
         f" `{MODEL_CONFIG}`.\n\n"
         f"Compared with the PyTorch model:\n\n{compared}\n"

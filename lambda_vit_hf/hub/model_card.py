@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..evaluation.throughput import markdown_table
+from ..selection.output_change import AGREEMENTS, DIVERGENCES
 from .card_sections import update_card
 from .facts import ModelCardFacts
 
@@ -49,6 +50,8 @@ def _selection_text(facts: ModelCardFacts) -> str:
             f"A linear map of each token and of the mean of all took the place of the attention of layers"
             f" {facts.linear_maps} (0-based) before this training."
         )
+    if not selection.layers:
+        return "No attention was removed in this training."
     if not selection.steps:
         chosen = _code(selection.strategy)
         return f"{what}: the attention of layers {selection.layers} (0-based). The layers were {chosen}."
@@ -66,10 +69,11 @@ def _changes_table(facts: ModelCardFacts) -> str:
     order, changes = facts.selection.order, facts.selection.changes
     if not changes:
         return ""
-    is_of_classes = changes[0].agreement is not None
-    header = ["masked", "last added", *(["KL (nats)", "same class"] if is_of_classes else ["1 - cosine"])]
+    kind = changes[0].kind
+    agreement = AGREEMENTS.get(kind)
+    header = ["masked", "last added", DIVERGENCES[kind], *([agreement] if agreement else [])]
     rows = [
-        [number, layer, f"{change.divergence:.3f}", *([f"{100 * change.agreement:.1f} %"] if is_of_classes else [])]
+        [number, layer, f"{change.divergence:.3f}", *([f"{100 * change.agreement:.1f} %"] if agreement else [])]
         for number, (layer, change) in enumerate(zip(order, changes, strict=True), 1)
     ]
     return markdown_table(header, rows)

@@ -7,7 +7,7 @@ value go first.
 import torch
 
 from .masked_forward import MaskedForward
-from .output_change import sum_of_changes
+from .output_change import kind_of_output, sum_of_changes
 from .processes import gather
 from .search import AttentionSearch
 
@@ -76,7 +76,7 @@ def attention_benefit(search: AttentionSearch) -> list[float | None]:
     for each block, and against the model's answer in place of a label.
     """
     model, output = search.passes.model, search.forward.output
-    sums = torch.zeros(len(model.encoder_layers), dtype=torch.float64)
+    kind, sums = kind_of_output(model, output), torch.zeros(len(model.encoder_layers), dtype=torch.float64)
 
     def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
         hidden_states, extra = model.embed(pixel_values)
@@ -87,7 +87,7 @@ def attention_benefit(search: AttentionSearch) -> list[float | None]:
             hidden_states = layer.feed_forward(mixed)
         whole = model.read_out(hidden_states, output)
         for index, (before, after) in enumerate(read):
-            before, after = (sum_of_changes(whole, one, output == "class_head")[0] for one in (before, after))
+            before, after = (sum_of_changes(whole, one, kind)[0] for one in (before, after))
             sums[index] += before - after
 
     search.passes.for_each_batch(measure, "benefit of attention")
@@ -104,12 +104,12 @@ def lambda_sensitivity(search: AttentionSearch) -> list[float | None]:
     model, output = search.passes.model, search.forward.output
     forward = MaskedForward(model, output, search.forward.mask, share=SMALL_SHARE)
     sets = [[], *([layer] for layer in search.candidates)]
-    sums = torch.zeros(len(model.encoder_layers), dtype=torch.float64)
+    kind, sums = kind_of_output(model, output), torch.zeros(len(model.encoder_layers), dtype=torch.float64)
 
     def measure(pixel_values: torch.Tensor, folds: torch.Tensor) -> None:
         outputs = {position: features for (position,), features in forward(pixel_values, sets)}
         for position, layer in enumerate(search.candidates, 1):
-            sums[layer] += sum_of_changes(outputs[0], outputs[position], output == "class_head")[0]
+            sums[layer] += sum_of_changes(outputs[0], outputs[position], kind)[0]
 
     search.passes.for_each_batch(measure, "sensitivity to lambda")
     means = sum(gather(sums)) / search.passes.batches.num_images

@@ -17,7 +17,7 @@ from .calibration import CalibrationBatches
 from .calibration_passes import CalibrationPasses
 from .checks import check_model
 from .config import SelectionConfig
-from .output_change import OutputChange, sum_of_changes
+from .output_change import OutputChange, kind_of_output, sum_of_changes
 from .processes import fail_together, gather, rank_and_num_processes
 from .select import in_eval_mode
 
@@ -154,16 +154,16 @@ def change_by_replacement(
         image_processor, calibration_size, batch_size, autocast_dtype: as in [`fit_linear_maps`].
 
     Returns:
-        [`OutputChange`]: KL divergence in nats, or 1 - cosine of the features; share of images, in [0, 1], that keep
-        their class, or `None`.
+        [`OutputChange`], of the class head where it is trained, else of the features.
 
     Raises:
         ValueError: on an empty calibration set, or a wrong option.
         RuntimeError: if another process failed.
     """
     config = SelectionConfig(calibration_size=calibration_size, batch_size=batch_size, autocast_dtype=autocast_dtype)
-    of_classes = whole.has_class_head and not whole.newly_initialized_head
-    output, sums = "class_head" if of_classes else "class_token", torch.zeros(2, dtype=torch.float64)
+    has_trained_head = whole.has_class_head and not whole.newly_initialized_head
+    output = "class_head" if has_trained_head else "class_token"
+    kind, sums = kind_of_output(whole, output), torch.zeros(2, dtype=torch.float64)
     with fail_together(), torch.no_grad(), in_eval_mode(whole), in_eval_mode(thinner):
         batches = CalibrationBatches(calibration, config.batch_size, image_processor, size=config.calibration_size)
         passes = CalibrationPasses(whole, batches, tqdm(disable=True), config.autocast_dtype)
@@ -173,11 +173,11 @@ def change_by_replacement(
                 model.read_out(_stream(model, pixel_values, model.config.num_hidden_layers)[0], output)
                 for model in (whole, thinner)
             )
-            sums.add_(sum_of_changes(one, other, of_classes))
+            sums.add_(sum_of_changes(one, other, kind))
 
         passes.for_each_batch(compare, "what the maps change")
-        divergence, same = (sum(gather(sums)) / batches.num_images).tolist()
-    return OutputChange(divergence, same if of_classes else None)
+        means = (sum(gather(sums)) / batches.num_images).tolist()
+    return OutputChange.of_means(*means, kind)
 
 
 def _stream(model: LambdaPreTrainedModel, pixel_values: torch.Tensor, index: int) -> tuple[torch.Tensor, dict]:

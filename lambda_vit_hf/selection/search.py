@@ -15,7 +15,7 @@ import torch
 from .calibration_passes import CalibrationPasses
 from .entropy import GaussianEntropy, merge_across_processes
 from .masked_forward import MaskedForward
-from .output_change import OutputChange, sum_of_changes
+from .output_change import OutputChange, kind_of_output, sum_of_changes
 from .processes import gather
 from .stability import draw_folds, resampled_transfer_entropy, share_picked
 
@@ -135,18 +135,17 @@ class AttentionSearch:
 
     def _measure_changes(self, distinct: list[frozenset[int]]) -> None:
         """Of these sets, one of which is empty: the whole model."""
-        of_classes = self.forward.output == "class_head"
+        kind = kind_of_output(self.passes.model, self.forward.output)
         sums = {one: torch.zeros(2, dtype=torch.float64) for one in distinct}
 
         def compare(outputs: dict[frozenset[int], torch.Tensor]) -> None:
             whole = outputs[frozenset()]
             for one in distinct:
-                sums[one] += sum_of_changes(whole, outputs[one], of_classes)
+                sums[one] += sum_of_changes(whole, outputs[one], kind)
 
         self._measure(distinct, num_folds=1, compare=compare)
         means = gather(sum(gather(torch.stack(list(sums.values())))) / self.passes.batches.num_images)[0].tolist()
-        for one, (divergence, same) in zip(distinct, means, strict=True):
-            self._changes[one] = OutputChange(divergence, same if of_classes else None)
+        self._changes |= {one: OutputChange.of_means(*mean, kind) for one, mean in zip(distinct, means, strict=True)}
 
     def _measure(
         self, sets: list[frozenset[int]], num_folds: int, compare: Callable[[dict], None] | None = None

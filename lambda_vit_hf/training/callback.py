@@ -274,6 +274,9 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             self.facts["pictures"] = {"entropy": "entropy.png"}
             picture = f". Picture: {folder / 'entropy.png'}"
         # A warning, for the Trainer shows no more than these by default.
+        if not selection.layers:
+            logger.warning("No attention is removed in this training.")
+            return
         logger.warning(
             "Removing the attention of layers %s (%s%s); lambda reaches 0 at step %d of %d%s.",
             selection.layers, selection.strategy, how_sure, self.dilution.first_zero_step, self.dilution.total_steps,

@@ -263,7 +263,7 @@ class AttentionRemoval:
         Raises:
             ValueError: if they are not.
         """
-        if state.get("is_removed", self.is_done(model)) != self.is_done(model):
+        if self.selection.layers and state.get("is_removed", self.is_done(model)) != self.is_done(model):
             when, has = ("after", "has it still") if state["is_removed"] else ("before", "has none there")
             raise ValueError(
                 f"The checkpoint was written {when} the attention of layers {self.selection.layers} was removed, but"

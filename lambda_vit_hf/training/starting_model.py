@@ -10,6 +10,7 @@ from ..evaluation.classifier import load_encoder
 from ..models.configuration_lambda_vit import LambdaViTConfig
 from ..models.families import AutoLambdaModel, AutoLambdaModelForImageClassification
 from ..models.modeling_lambda_vit import LambdaViTForImageClassification
+from ..models.problem_type import SINGLE_LABEL, problem_type_of
 from .arguments import ModelArguments
 from .output_folder import OutputFolder
 
@@ -122,8 +123,9 @@ def _check_shape(source: str, stored, shape: dict) -> None:
 
 
 def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, given: dict):
+    # What a new classifier is for; transformers' own loss notes the same in the config of a model that it trains.
     model, info = AutoLambdaModelForImageClassification.from_pretrained(
-        source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **given
+        source, ignore_mismatched_sizes=True, output_loading_info=True, problem_type=SINGLE_LABEL, **labels, **given
     )
     if any("classifier." in key for key in info["missing_keys"]):
         logger.warning("%s has no classifier: a new one is trained first.", source)
@@ -139,6 +141,11 @@ def _load(source: str, stored, ignore_mismatched_sizes: bool, labels: dict, give
     if model.newly_initialized_head:
         logger.warning("The classifier of %s was never trained: this is done first.", source)
         return model, True
+    if problem_type_of(stored) != SINGLE_LABEL:
+        raise ValueError(
+            f"The classifier of {source} was trained for {problem_type_of(stored).replace('_', ' ')}, and each of"
+            " these images has one class: start from a checkpoint of its encoder, whose classifier is made anew."
+        )
     _compare_names(source, stored.id2label, labels["id2label"])
     return model, False
 

@@ -10,6 +10,7 @@ from transformers.trainer_utils import has_length
 from ..data.dataset import AugmentationEpoch
 from ..data.mixing import RepeatedAugmentationSampler
 from ..data.streaming import StreamedImages
+from ..models.problem_type import SINGLE_LABEL, problem_type_of
 from .guards import OneModelInAllProcesses
 from .losses import ClassificationLoss, DistillationLoss, images_averaged_over
 from .optimization import cosine_schedule, decay_parameter_names
@@ -163,11 +164,10 @@ class ImageClassificationTrainer(ImageTrainer):
 
 def _check_task(model) -> None:
     config = getattr(model, "config", None)
-    problem_type = getattr(config, "problem_type", None)
-    if problem_type in (None, "single_label_classification") and getattr(config, "num_labels", 2) != 1:
+    if config is None or problem_type_of(config) == SINGLE_LABEL:
         return
     raise ValueError(
         "ImageClassificationTrainer trains one of several classes for each image; the model has `problem_type`"
-        f" {problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's own"
-        " loss, with the same callbacks."
+        f" {config.problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's"
+        " own loss, with the same callbacks."
     )

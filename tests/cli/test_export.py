@@ -3,14 +3,16 @@
 import sys
 
 import onnx
+import PIL.Image
 import pytest
 import torch
 from onnxruntime import InferenceSession
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessor, pipeline
 
 from lambda_vit_hf import LambdaViTConfig, LambdaViTForImageClassification, LambdaViTModel
 from lambda_vit_hf.cli import export
 from lambda_vit_hf.cli.runner import missing_extra, run_program
+from lambda_vit_hf.export.onnx_serving import OnnxImageClassifier
 from lambda_vit_hf.hub.exported_folder import check_exported_folder
 from tests.conftest import TINY, perturb
 
@@ -117,3 +119,27 @@ def test_an_encoder_is_exported_with_what_its_checkpoint_has(model, tmp_path, ca
     session = InferenceSession(tmp_path / "out" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     names = ["last_hidden_state", *["pooler_output"] * has_pooler]  # a pooler that is not there would be random
     assert [one.name for one in session.get_outputs()] == names
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "said"),
+    [("multi_label_classification", "same labels in 100.0 %"), ("regression", "root mean square difference")],
+)
+def test_scores_are_what_the_pipeline_gives_also_of_labels_and_values(shallow, tmp_path, capsys, problem_type, said):
+    model = LambdaViTForImageClassification.from_pretrained(shallow)
+    model.config.problem_type = problem_type
+    model.save_pretrained(shallow)
+    export.main([str(shallow), "--output_dir", str(tmp_path / "served"), "--int8"])
+    printed = capsys.readouterr().out
+    assert printed.count("root mean" if problem_type == "regression" else "same labels") == 2 and said in printed
+    assert "takes their softmax" in printed and "takes their softmax" in (tmp_path / "served/README.md").read_text()
+    pictures = [PIL.Image.new("RGB", (16, 16), color) for color in ("red", "black", "white")]
+    classifier = pipeline(
+        "image-classification", model=model, image_processor=ViTImageProcessor.from_pretrained(shallow)
+    )
+    served = OnnxImageClassifier(tmp_path / "served").classify(pictures)
+    for found, expected in zip(served, classifier(pictures), strict=True):
+        assert [one["label"] for one in found] == [one["label"] for one in expected]
+        scores = [one["score"] for one in expected]
+        assert [one["score"] for one in found] == pytest.approx(scores, abs=1e-4)
+        assert sum(scores) != pytest.approx(1, abs=1e-3), "no softmax"

@@ -1,5 +1,6 @@
 """`lambda-vit select`: what it prints and leaves behind, on one process and several."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -245,3 +246,21 @@ def test_a_folder_of_pictures_is_enough(digits_vit, tmp_path):
     select.main([digits_vit, "--dataset_dir", str(tmp_path), "--num_removed_layers", "1",
                  "--output_dir", str(tmp_path / "out")])  # fmt: skip
     assert AttentionSelection.load(tmp_path / "out" / "selection.json").num_images == 9
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "columns"),
+    [("multi_label_classification", "KL (nats) | same labels (%)"), ("regression", "squared change / 2")],
+)
+def test_what_changes_is_named_by_what_the_head_says(digits_vit, tmp_path, monkeypatch, capsys, problem_type, columns):
+    config = ViTConfig.from_pretrained(digits_vit)
+    config.problem_type = problem_type
+    config.save_pretrained(digits_vit)
+    how_many(digits_vit, tmp_path / "out", "--max_divergence", "1000")
+    assert capsys.readouterr().out.count(f"| {columns} |") == 2, "in the curve, and beside other strategies"
+    points = json.loads((tmp_path / "out" / "curve.json").read_text())["points"]
+    assert all(point["divergence"] > 0 for point in points[1:])
+    if problem_type == "regression":
+        monkeypatch.setattr("lambda_vit_hf.data.folders.load_image_dataset", refuse_to_load_images)
+        with pytest.raises(ValueError, match="--min_agreement needs a trained head of classes"):
+            how_many(digits_vit, tmp_path / "out", "--min_agreement", "0.9")

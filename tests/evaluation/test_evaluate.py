@@ -182,3 +182,15 @@ def test_figures_in_one_line():
     assert evaluate.describe("m", figures) == (
         "m: top-1 50.00 % on 8 images (2 unreadable left out); 1,234 images/s with decoding, 5,678 without"
     )
+
+
+def test_values_have_no_top1(digits_model, tmp_path):
+    config = ViTConfig.from_pretrained(digits_model)
+    config.problem_type = "regression"
+    config.save_pretrained(digits_model)
+    for measure in (
+        lambda: evaluate.main([str(digits_model), "--dataset_name", "digits"]),
+        lambda: labelled_images(str(digits_model), "digits"),
+    ):
+        with pytest.raises(ValueError, match="gives values"):
+            measure()

@@ -4,6 +4,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+from transformers import ViTConfig
 
 from lambda_vit_hf import (
     LambdaDinov2Config,
@@ -16,6 +18,7 @@ from lambda_vit_hf import (
 from lambda_vit_hf.export import onnx as export
 from lambda_vit_hf.export.onnx import (
     compare_onnx,
+    compare_outputs,
     export_onnx,
     export_program,
     exported_program,
@@ -67,7 +70,7 @@ def logits(model, images):
 def test_onnx_gives_the_same_logits_for_any_batch(model, state, tmp_path, pixel_values):
     STATES[state](model)
     check = export_onnx(model, tmp_path / "model.onnx")
-    assert check.max_difference < 1e-4 and check.top1_agreement == 1.0
+    assert check.max_difference < 1e-4 and check.agreement == 1.0
     assert check.file_bytes == (tmp_path / "model.onnx").stat().st_size
     assert [path.name for path in tmp_path.glob("*.onnx*")] == ["model.onnx"], "the weights belong in the file"
     content = (tmp_path / "model.onnx").read_bytes()
@@ -119,7 +122,7 @@ def test_int8_keeps_the_best_class_and_shrinks_the_file(in_int8):
     model, folder = in_int8
     images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     check = compare_onnx(model, folder / "int8.onnx", images)
-    assert check.num_images == 40 and check.top1_agreement > 0.9
+    assert check.num_images == 40 and check.agreement > 0.9
     assert 0 < check.max_difference < 1.0
     assert check.file_bytes < (folder / "model.onnx").stat().st_size
     assert len(_quantized_weights(folder / "int8.onnx")) >= 10
@@ -211,7 +214,7 @@ def test_fixed_scales_are_those_of_the_calibration_images(removed, tmp_path):
 def test_openvinos_file_gives_the_same_outputs_and_another_function_is_refused(removed, tmp_path, pixel_values):
     export_onnx(removed, tmp_path / "model.onnx")
     check = export_openvino(removed, tmp_path / "model.onnx", tmp_path / "openvino_model.xml", pixel_values)
-    assert check.file == "openvino_model.xml" and check.max_difference < 1e-4 and check.top1_agreement == 1.0
+    assert check.file == "openvino_model.xml" and check.max_difference < 1e-4 and check.agreement == 1.0
     files = [tmp_path / "openvino_model.xml", tmp_path / "openvino_model.bin"]
     assert check.file_bytes == sum(file.stat().st_size for file in files)
     with torch.no_grad():
@@ -222,7 +225,7 @@ def test_openvinos_file_gives_the_same_outputs_and_another_function_is_refused(r
 
 def test_one_image_is_enough_and_none_is_refused(removed, tmp_path, pixel_values):
     check = export_program(removed.eval(), tmp_path / "model.pt2", pixel_values[:1])
-    assert check.num_images == 1 and check.top1_agreement == 1.0
+    assert check.num_images == 1 and check.agreement == 1.0
     with pytest.raises(ValueError, match="at least one"):
         export_program(removed, tmp_path / "model.pt2", pixel_values[:0])
 
@@ -263,7 +266,7 @@ def test_an_encoder_gives_its_features_in_each_precision(state, tmp_path, pixel_
     STATES[state](model)
     files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16", "int8")}
     check = export_onnx(model, files["fp32"])
-    assert check.max_difference < 1e-4 and check.cosine > 0.999999 and check.top1_agreement is None
+    assert check.max_difference < 1e-4 and check.agreement > 0.999999 and check.kind == "features"
     assert "largest difference of a feature" in str(check) and "mean cosine of tokens 1.000000" in str(check)
     halve_onnx(files["fp32"], files["fp16"])
     quantize_onnx(files["fp32"], files["int8"])
@@ -285,7 +288,7 @@ def test_an_encoder_without_pooler_runs_in_every_engine(state, tmp_path, pixel_v
     STATES[state](model)
     with torch.no_grad():
         expected = model(pixel_values).last_hidden_state
-    assert export_program(model, tmp_path / "model.pt2").cosine > 0.999999
+    assert export_program(model, tmp_path / "model.pt2").agreement > 0.999999
     export_onnx(model, tmp_path / "model.onnx")
     for run in (run_session(tmp_path / "model.onnx"), run_openvino(openvino_core(), tmp_path / "model.onnx", "fp32")):
         torch.testing.assert_close(run(pixel_values), expected, rtol=1e-4, atol=1e-4)
@@ -297,7 +300,7 @@ def test_a_difference_in_the_second_output_counts(tmp_path, pixel_values):
     with torch.no_grad():
         model.pooler.dense.bias.add_(0.5)
     check = compare_onnx(model, tmp_path / "model.onnx", pixel_values)
-    assert check.max_difference > 0.01 and check.cosine > 0.999999
+    assert check.max_difference > 0.01 and check.agreement > 0.999999
     with torch.no_grad():
         model.pooler.dense.bias.fill_(float("nan"))
     assert np.isnan(compare_onnx(model, tmp_path / "model.onnx", pixel_values).max_difference)
@@ -312,3 +315,19 @@ def test_what_gives_neither_logits_nor_features_is_refused(tmp_path):
     model = LambdaViTBackbone(LambdaViTConfig(**TINY)).eval()
     with pytest.raises(ValueError, match="Only classifiers and encoders are exported: BackboneOutput has neither"):
         export_onnx(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "agreement"),
+    [(None, 0.75), ("multi_label_classification", 0.5), ("regression", 1 - (15.5 / 25) ** 0.5)],
+)
+def test_agreement_is_of_what_the_logits_say(problem_type, agreement, tmp_path):
+    expected = torch.tensor([[2.0, -1.0], [2.0, 1.0], [-1.0, 2.0], [1.0, 3.0]])
+    found = torch.tensor([[2.0, -1.0], [2.0, -0.5], [0.0, 2.0], [1.0, -0.5]])  # rows 1 and 3 lose a label, 3 the class
+    model = nn.Identity()
+    model.forward = lambda images: {"logits": expected[images[:, 0].long()]}
+    model.config = ViTConfig(num_labels=2, problem_type=problem_type)
+    (tmp_path / "graph").write_bytes(b"")
+    check = compare_outputs(model, lambda images: [found[images[:, 0].long()]], torch.arange(4.0)[:, None],
+                            tmp_path / "graph", batch_size=2)  # fmt: skip
+    assert check.agreement == pytest.approx(agreement) and check.max_difference == 3.5

@@ -284,6 +284,12 @@ def test_the_card_tells_what_each_number_of_layers_changes(facts, selection, tmp
     selection.changes = [OutputChange(0.5, None)] * 2
     _, text = parts(tmp_path, facts(rows={}, training={}))
     assert table_cells(text)[-1] == ["2", "0", "0.500"] and "1 - cosine" in text
+    for change, cells in (
+        (OutputChange(0.5, 0.25, "multi_label_classification"), ["KL (nats)", "same labels"]),
+        (OutputChange(0.5, None, "regression"), ["squared change / 2"]),
+    ):
+        selection.changes = [change] * 2
+        assert ["masked", "last added", *cells] in table_cells(parts(tmp_path, facts(rows={}, training={}))[1])
     selection.changes = []
     assert "Before any training" not in parts(tmp_path, facts())[1]
 

@@ -198,6 +198,30 @@ def test_a_model_with_linear_maps_resumes_to_the_bit(model, tmp_path):
     assert fresh.encoder_layers[1].mapped_attention.token_proj.weight.any()
 
 
+@pytest.mark.parametrize("change", [lambda model: None, lambda model: replaced(model)], ids=["whole", "linear maps"])
+@pytest.mark.parametrize(
+    "amount", [{"num_removed_layers": 0}, {"removal_ratio": 0.0}, {"removed_layers": []}], ids=str
+)
+def test_a_run_that_removes_nothing_resumes_to_the_bit(model, tmp_path, amount, change, caplog):
+    change(model)
+    start, layers = copy.deepcopy(model), model.config.kept_layers
+
+    def train(model, resume=None):
+        callbacks = [EntropyGuidedRemovalCallback(**amount)]
+        make_trainer(model, tmp_path, callbacks, kind=LambdaViTTrainer, save_strategy="steps", save_steps=3).train(
+            resume_from_checkpoint=resume
+        )
+        return model.state_dict()
+
+    whole = train(model)
+    assert "No attention is removed in this training." in caplog.text
+    card = (tmp_path / "README.md").read_text()
+    assert ("A linear map of each token" if model.config.fade_to == "linear" else "No attention was removed") in card
+    for name, expected in train(start, resume=str(tmp_path / "checkpoint-6")).items():
+        assert torch.equal(whole[name], expected), name
+    assert start.config.kept_layers == layers
+
+
 def test_resuming_from_before_the_removal_into_the_removed_model_is_refused(model, tmp_path):
     # Without an optimizer in the checkpoint the Trainer loads what fits: whole weights into a folded model.
     settings = dict(save_strategy="steps", save_steps=4, save_only_model=True)

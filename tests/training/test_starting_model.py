@@ -104,6 +104,17 @@ def test_another_number_of_classes_needs_a_word(named, tmp_path):
     assert is_new and model.config.num_labels == 2
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_a_classifier_for_something_else_is_refused_and_a_new_one_is_for_one_class(named, tmp_path, problem_type):
+    config = ViTConfig.from_pretrained(named)
+    config.problem_type = problem_type
+    config.save_pretrained(named)
+    with pytest.raises(ValueError, match=f"was trained for {problem_type.replace('_', ' ')}"):
+        load(named, NAMES, tmp_path)
+    model, _, is_new = load(named, NAMES[:2], tmp_path, ignore_mismatched_sizes=True)
+    assert is_new and model.config.problem_type == "single_label_classification"
+
+
 @pytest.mark.parametrize("is_new", [False, True])
 def test_token_merging_is_on_from_the_start_and_saved(named, tmp_path, is_new):
     arguments = ["--output_dir", str(tmp_path / "out"), "--token_merging_r", "2", "--token_merging_start", "1"]
@@ -125,7 +136,7 @@ def test_token_merging_of_a_family_that_cannot_is_refused(tmp_path):
         tmp_path / "dinov3"
     )
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov3")
-    with pytest.raises(ValueError, match="LambdaDINOv3ViTModel cannot merge tokens: .*rotary positions"):
+    with pytest.raises(ValueError, match=r"LambdaDINOv3ViTModel cannot merge tokens: .*rotary positions"):
         load(tmp_path / "dinov3", NAMES, tmp_path, token_merging_r=2)
 
 
