@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # 178.9 million pixels, half a gigabyte as RGB: twice what Pillow warns of, where Pillow itself refuses too.
 MAX_PIXELS = 2 * 89_478_485
+# Resized until its short side fits a model, a longer strip would take gigabytes, however few pixels it has.
+MAX_ASPECT_RATIO = 500
 # Of Pillow's other formats some have no signature and fit any file, and EPS starts Ghostscript.
 PIL.Image.init()
 FORMATS = [
@@ -133,12 +135,14 @@ def check_size(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> None:
     """
     Raises:
         PIL.Image.DecompressionBombError: if the image has more pixels.
-        ValueError: if it has none.
+        ValueError: if it has none, or is a strip.
     """
+    size = f"{image.width} x {image.height}"
     if not image.width * image.height:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels")
+        raise ValueError(f"an image of {size} pixels")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"a strip of {size} pixels: one side is over {MAX_ASPECT_RATIO} times as long as the other")
     if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height}"
         raise PIL.Image.DecompressionBombError(f"{size} pixels are more than the limit of {max_pixels:,}")
 
 

@@ -88,7 +88,10 @@ def names_of_classes(dataset: datasets.Dataset, column: str, files: Sequence[str
     else:
         raise ValueError(f"The classes in the column {column!r} of a stream are not known: load it whole.")
     if None in values:
-        raise ValueError(f"The label column {column!r} has rows without a label: fill them in or remove them.")
+        raise ValueError(
+            f"The label column {column!r} has rows without a label: fill them in or remove them. (In a CSV file"
+            " classes named NA, None or null count as such: name them otherwise.)"
+        )
     limit = feature.num_classes if is_named else float("inf")
     if wrong := [value for value in values if isinstance(value, int) and not 0 <= value < limit]:
         expected = f"lie outside the {limit} classes" if is_named else "are negative"

@@ -76,15 +76,22 @@ class FeaturesMixin:
         Raises:
             ValueError: if tokens merge and what is left of them leaves the model (ViT, DeiT).
         """
-        if any(self.config.token_merging_schedule()) and not self.reads_patches:
-            raise ValueError(
-                f"{type(self).__name__} merges tokens, and gives no feature of each patch then. Call"
-                " `set_token_merging(0)`."
-            )
+        self.check_gives_patch_features()
         tokens = last_hidden_state
         if not self._head_reads_norm:  # the stream as it leaves the last block, in the size of an unfolded model
             tokens = self.base_model.get_submodule(self._final_norm)(tokens / self.stream_scales()[-1])
         return self.pool(tokens), tokens[:, self.num_prefix_tokens :]
+
+    def check_gives_patch_features(self) -> None:
+        """
+        Raises:
+            ValueError: if tokens merge and what is left of them leaves the model (ViT, DeiT).
+        """
+        if any(self.config.token_merging_schedule()) and not self.reads_patches:
+            raise ValueError(
+                f"{type(self).__name__} merges tokens, and gives no feature of each patch then. Call"
+                " `set_token_merging(0)`, or leave --token_merging_r out."
+            )
 
     def reads_class_token_only(self, output: str) -> bool:
         """Whether an output, as in `read_out`, depends on the other tokens through attention only."""

@@ -180,6 +180,9 @@ class LambdaTrainingArguments(TrainingArguments):
     distillation: str = field(
         default="none", metadata={"help": "From the model before removal: none, soft or hard (DeiT's)."}
     )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Distil from this classifier of the same classes and images instead."}
+    )
     distillation_alpha: float = field(default=0.5, metadata={"help": "Weight of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions."})
 

@@ -142,8 +142,12 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
             if not removal.is_done(model):
                 removal.load_state_dict(checkpointed)
             removal.check_same_layers(model, checkpointed)
-        if removal.is_done(model):
-            logger.info("Attention layers %s were removed before; nothing to dilute.", removal.selection.layers)
+        if removal.is_done(model) and (state.global_step > 0 or not removal.is_of_another(model)):
+            if state.global_step == 0 and removal.selection.layers:
+                logger.warning(
+                    "This callback has removed the attention of layers %s of this model in an earlier training;"
+                    " nothing more is removed. Give another callback to remove more.", removal.selection.layers,
+                )  # fmt: skip
             return
         removal.plan(state.max_steps, steps_per_epoch(train_dataloader, args.gradient_accumulation_steps))
         if state.global_step > 0:

@@ -1,7 +1,5 @@
 """Training without labels: the features of an encoder stay near those of the whole one."""
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..data.dataset import LEFT_OUT
 from ..models.pretrained_model import LambdaPreTrainedModel
 from ..selection.checks import check_is_ours
+from .losses import frozen_copy
 from .trainer import ImageTrainer
 
 
@@ -23,7 +22,7 @@ class FeatureDistillationLoss:
     Registers and distillation tokens are left out. Labels are not needed.
 
     The teacher is copied (so the model that will be trained may be given), put into evaluation mode, and never
-    trained. It is no part of the model: no checkpoint holds it.
+    trained; it computes all tokens, also where the model merges some. It is no part of the model, nor of checkpoints.
 
     Args:
         teacher ([`LambdaPreTrainedModel`]): an encoder without head, such as [`LambdaDinov2Model`].
@@ -46,7 +45,7 @@ class FeatureDistillationLoss:
 
     def __init__(self, teacher: LambdaPreTrainedModel):
         check_is_encoder(teacher)
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = frozen_copy(teacher)
 
     def __call__(self, student: LambdaPreTrainedModel, outputs: ModelOutput, pixel_values: torch.Tensor):
         """
@@ -119,7 +118,7 @@ class FeatureDistillationTrainer(ImageTrainer):
     Differences from `ImageTrainer`: the loss is a [`FeatureDistillationLoss`], and evaluation its cosines.
 
     Args:
-        teacher ([`LambdaPreTrainedModel`], *optional*): by default the model as it is given.
+        teacher ([`LambdaPreTrainedModel`], *optional*): by default the model as it is given, without token merging.
         kwargs: everything [`Trainer`] takes; `compute_metrics` defaults to those above.
 
     Raises:
@@ -146,6 +145,7 @@ class FeatureDistillationTrainer(ImageTrainer):
         kwargs.setdefault("compute_metrics", feature_metrics)
         super().__init__(*args, **kwargs)
         check_is_encoder(self.model)
+        self.model.check_gives_patch_features()
         self.distillation = FeatureDistillationLoss(self.model if teacher is None else teacher)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):

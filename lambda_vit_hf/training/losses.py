@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..models.pretrained_model import LambdaPreTrainedModel
+
 
 DISTILLATION_KINDS = ("soft", "hard")
 
@@ -86,8 +88,8 @@ class DistillationLoss:
     - `"hard"`: cross-entropy with the teacher's top class as label (DeiT paper, equation 3).
 
     The teacher is copied (so the model that will be trained may be given), put into evaluation mode, and never
-    trained. It is no part of the model: no checkpoint holds it. In evaluation, where logits carry no gradient, only
-    the base loss is returned and the teacher does not run.
+    trained; it computes all tokens, also where it would merge some. It is no part of the model, nor of checkpoints.
+    In evaluation, where logits carry no gradient, only the base loss is returned and the teacher does not run.
 
     Args:
         teacher (`nn.Module`): classifier whose outputs have `logits` `(batch, classes)`, of the student's classes.
@@ -122,7 +124,7 @@ class DistillationLoss:
         if kind not in DISTILLATION_KINDS:
             raise ValueError(f"`kind` must be one of {list(DISTILLATION_KINDS)}, got {kind!r}.")
         self.alpha, self.temperature, self.kind = alpha, temperature, kind
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = frozen_copy(teacher)
 
     def __call__(
         self,
@@ -167,6 +169,14 @@ class DistillationLoss:
         if weight.device != pixel_values.device:
             self.teacher.to(pixel_values.device)
         return self.teacher(pixel_values.to(weight.dtype)).logits
+
+
+def frozen_copy(teacher: nn.Module) -> nn.Module:
+    """A copy to learn from: in evaluation mode, without gradients, and without token merging, which approximates."""
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    if isinstance(teacher, LambdaPreTrainedModel) and any(teacher.config.token_merging_schedule()):
+        teacher.set_token_merging(0)
+    return teacher
 
 
 def _in_full_precision(logits: torch.Tensor) -> torch.Tensor:

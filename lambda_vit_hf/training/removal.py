@@ -6,6 +6,7 @@ Source: Lin et al., CVPR 2024, section 3.
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -84,6 +85,7 @@ class AttentionRemoval:
         self._lambda: float | None = None  # set last
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
         self._is_removed = False
+        self._finished: weakref.ref | None = None  # the model that this removal was done on
 
     def settings(self) -> dict:
         """The arguments as plain values, JSON-serialisable."""
@@ -110,7 +112,9 @@ class AttentionRemoval:
         Raises:
             ValueError: if removal cannot work (see `rehearse`), or the model is being diluted already.
         """
-        if self.selection is not None and not self.is_done(model):
+        if self.is_of_another(model):
+            self.selection = self._finished = None
+        elif self.selection is not None and not self.is_done(model):
             # An earlier attempt was broken off, as by `auto_find_batch_size`.
             model.set_attention_lambda(1.0, self.selection.layers)
         self.rehearse(model)
@@ -141,10 +145,17 @@ class AttentionRemoval:
         if self._is_restored:
             self._check_schedule(now=schedule, checkpoint=self.schedule)
         if schedule.first_zero_step == schedule.steps_per_update:
+            remedy = "Train longer"
+            if schedule.steps_per_update > 1:
+                remedy = (
+                    f"It changes only every {schedule.steps_per_update} steps: let it change per step, or train longer"
+                )
             logger.warning(
-                "Lambda goes from 1 to 0 in one jump at step %d: it changes only every %d of %d steps. Let it change"
-                " per step, or train longer.", schedule.first_zero_step, schedule.steps_per_update, total_steps,
-            )  # fmt: skip
+                "Lambda goes from 1 to 0 in one jump at step %d of %d. %s.",
+                schedule.first_zero_step,
+                total_steps,
+                remedy,
+            )
         self.schedule, self._lambda, self._is_restored = schedule, None, False
         return schedule
 
@@ -178,6 +189,10 @@ class AttentionRemoval:
         """Whether the layers are chosen and their attention is removed."""
         return self.selection is not None and set(self.selection.layers) <= set(model.config.removed_layers)
 
+    def is_of_another(self, model: LambdaPreTrainedModel) -> bool:
+        """Whether this removal was done, and on another model: then it has to choose anew."""
+        return self._finished is not None and self._finished() is not model
+
     def is_diluting(self, model: LambdaPreTrainedModel) -> bool:
         """Whether a chosen layer still has attention with lambda above 0."""
         return self.selection is not None and any(self.lambdas(model))
@@ -206,6 +221,7 @@ class AttentionRemoval:
             )
         if self.is_done(model):
             return
+        self._finished = weakref.ref(model)
         model.remove_attention(self.selection.layers)
         if self.dilution_config.fold:
             model.fold_removed_attention()

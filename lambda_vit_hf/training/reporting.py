@@ -85,7 +85,8 @@ def write_report(
     for split, count in metrics["unreadable_images"].items():
         if count:
             print(f"images of {split} that could not be decoded and were left out: {count}")
-    print(f"attention removed: layers {selection.layers}, chosen by {selection.strategy}")
+    removed = f"layers {selection.layers}, chosen by {selection.strategy}" if selection.layers else "none"
+    print(f"attention removed: {removed}")
     return metrics
 
 

@@ -26,6 +26,7 @@ from .progress import ThroughputCallback
 from .reporting import write_report
 from .starting_model import load_starting_model
 from .tasks import Task, find_task
+from .teacher import load_teacher
 from .trainer import ImageTrainer
 from .training_images import TrainingImages, load_splits
 
@@ -78,6 +79,9 @@ def _run_alone(
     model, processor, is_new = load_starting_model(
         model_args, class_names, folder, overwrite, data_args.evaluation_crop
     )
+    teacher = None
+    if training_args.teacher_model_name_or_path is not None:
+        teacher = load_teacher(training_args.teacher_model_name_or_path, model, processor)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = _has_unused_parameters(model)
     images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)
@@ -108,9 +112,11 @@ def _run_alone(
         _train_base(task, model, model_args, training_args, folder, **common)
 
     base = copy.deepcopy(model)
+    if model_args.token_merging_r is not None and not is_new:
+        base.set_token_merging(0)  # what the checkpoint is without the changes of this run
     base_scores = task.scores_of_whole or _evaluate_base(task, base, training_args, **common)
     base.cpu()
-    task.teach(trainer, base, training_args)
+    task.teach(trainer, base if teacher is None else teacher, training_args)
     set_seed(training_args.seed)  # as if there had been no base model to train: a resumed run may find it finished
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
     scores = _scores(task, trainer.evaluate(), "eval")
@@ -206,7 +212,8 @@ def _check_schedule(trainer: ImageTrainer, removal_args: RemovalArguments, is_ne
         raise ValueError(f"A stream of unknown length has no epochs, but {', '.join(by_epoch)} need them.")
     dilution = removal_args.dilution_config().schedule_for(total_steps, steps_per_epoch)
     decay, hold = trainer.args.ema_decay, total_steps - dilution.first_zero_step
-    if decay is not None and 1 / (1 - decay) > hold:
+    removes_any = any(removal_args.amount().values())  # an average of a model that loses nothing may look back
+    if decay is not None and removes_any and 1 / (1 - decay) > hold:
         raise ValueError(
             f"An average with ema_decay {decay} looks back over {1 / (1 - decay):,.0f} steps, but only {hold:,} are"
             " trained at lambda = 0: it would mix the removed model with what was before. At most"

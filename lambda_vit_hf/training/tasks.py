@@ -24,7 +24,7 @@ class Task:
         compute_metrics: the Trainer's.
         scores: names in `metrics.json`, and of the same figures in the Trainer's evaluation; the first one is drawn.
         check: raises a ValueError where arguments do not fit the task.
-        teach: called with the trainer, the whole model and the arguments before training.
+        teach: called with the trainer, the whole model or another teacher, and the arguments before training.
         show: called with the finished folder and the validation images.
         scores_of_whole: of the model before removal, where they need not be measured.
         objective: for the card, where it is not the classes: how attention faded.
@@ -64,6 +64,8 @@ def _distillation(teacher: torch.nn.Module, training_args: LambdaTrainingArgumen
 
 def _check_classification(model_args, data_args, augmentation_args, training_args) -> None:
     _distillation(torch.nn.Identity(), training_args)
+    if training_args.teacher_model_name_or_path is not None and training_args.distillation == "none":
+        raise ValueError("--teacher_model_name_or_path needs --distillation soft or hard.")
 
 
 def _teach_classes(trainer: ImageClassificationTrainer, whole, training_args: LambdaTrainingArguments) -> None:
@@ -82,6 +84,7 @@ def _check_feature_distillation(model_args, data_args, augmentation_args, traini
         "cutmix": augmentation_args.cutmix,
         "label_smoothing_factor": training_args.label_smoothing_factor,
         "distillation": training_args.distillation != "none",
+        "teacher_model_name_or_path": training_args.teacher_model_name_or_path is not None,
     }
     if wrong := [name for name, value in given.items() if value]:
         raise ValueError(f"--task feature_distillation reads no labels, which {wrong} are about: leave these out.")

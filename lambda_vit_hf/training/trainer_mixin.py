@@ -80,6 +80,13 @@ class LambdaViTTrainerMixin:
                 f"In {resume_from_checkpoint} the place of attention has {stored.fade_to!r}, in this model"
                 f" {self.model.config.fade_to!r}: load the model from the checkpoint, then resume."
             )
+        for name in ("token_merging_r", "token_merging_start", "drop_path_rate"):
+            now, then = (getattr(config, name, None) for config in (self.model.config, stored))
+            if now != then:
+                raise ValueError(
+                    f"{resume_from_checkpoint} was trained with {name} = {then}, this model has {now}: resume with the"
+                    " same, or load the model from the checkpoint."
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

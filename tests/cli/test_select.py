@@ -22,6 +22,7 @@ from lambda_vit_hf.cli import select, train
 from lambda_vit_hf.evaluation.classifier import load_classifier_or_encoder
 from lambda_vit_hf.models.mapped_attention import LinearMap
 from lambda_vit_hf.selection.select import AttentionSelection
+from lambda_vit_hf.training import tasks
 from tests.conftest import in_two_processes, perturb
 
 
@@ -81,7 +82,7 @@ def test_the_options_of_before_still_work(digits_vit):
         assert select.parse_arguments(["m", "--dataset_name", "digits", "--ratio", "0.4"]).removal_ratio == 0.4
 
 
-def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vit, tmp_path, capsys):
+def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vit, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     perturb(ViTForImageClassification.from_pretrained(digits_vit)).save_pretrained(digits_vit)
     select.main([digits_vit, "--dataset_name", "digits", "--num_removed_layers", "2", "--calibration_size", "40",
@@ -92,6 +93,8 @@ def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vi
     without, mapped = (float(value) for value in re.findall(r"before any training.*: KL \(nats\) ([\d.]+)", printed))
     assert mapped < without
     command = shlex.split(printed.split("to fine-tune it: lambda-vit train ")[1])
+    teachers = []
+    monkeypatch.setattr(tasks, "DistillationLoss", lambda teacher, **_: teachers.append(teacher))
     train.main([*command, "--max_steps", "2", "--max_train_samples", "32", "--max_eval_samples", "16",
                 "--warmup_steps", "0", "--dataloader_num_workers", "0", "--use_cpu", "true",
                 "--output_dir", str(tmp_path / "trained")])  # fmt: skip
@@ -99,6 +102,8 @@ def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vi
     assert (trained.config.fade_to, trained.config.removed_layers) == ("linear", [2, 3])
     before, after = (model.vit.layers[3].mapped_attention.token_proj.weight for model in (thinner, trained))
     assert not torch.equal(before, after)
+    whole = ViTForImageClassification.from_pretrained(digits_vit)
+    assert torch.equal(teachers[-1].vit.layers[3].attention.q_proj.weight, whole.vit.layers[3].attention.q_proj.weight)
 
 
 @pytest.mark.parametrize(

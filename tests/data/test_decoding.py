@@ -334,3 +334,13 @@ def test_copies_share_the_count_and_the_owner_cleans_up():
 def test_an_image_without_pixels_is_refused(mode, size):
     with pytest.raises(UnreadableImageError, match=f"an image of {size[0]} x {size[1]} pixels"):
         decode_image(PIL.Image.new(mode, size))
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (1503, 3)])
+def test_a_strip_is_refused_by_its_header(tmp_path, size):
+    PIL.Image.new("RGB", size).save(tmp_path / "strip.png")
+    for read in (decode_image, open_image):
+        with pytest.raises(UnreadableImageError, match=r"strip\.png.*a strip of"):
+            read(str(tmp_path / "strip.png"))
+    PIL.Image.new("RGB", (1500, 3)).save(tmp_path / "long.png")
+    assert decode_image(str(tmp_path / "long.png")).size == (1500, 3)

@@ -157,3 +157,10 @@ def test_without_a_checkpoint_there_are_no_features_to_keep(pictures, tmp_path):
     argv = [*OPTIONS, "--dataset_dir", str(pictures), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="--model_name_or_path"):
         run_training(*parse_arguments(argv, PROGRAM_ARGUMENTS))
+
+
+def test_a_model_that_is_made_to_merge_is_compared_with_the_one_that_does_not(checkpoint, pictures, tmp_path):
+    merged = run(checkpoint, pictures, tmp_path / "merged", "--token_merging_r", "2")
+    plain = run(checkpoint, pictures, tmp_path / "plain")
+    assert merged["before"]["macs"] == plain["before"]["macs"] and merged["after"]["macs"] < plain["after"]["macs"]
+    assert merged["after"]["patch_cosine"] < plain["after"]["patch_cosine"] < 1

@@ -168,12 +168,31 @@ def test_training_that_ends_half_way_removes_nothing_and_says_so(model, tmp_path
     assert model.config.removed_layers == []
 
 
-def test_training_on_after_removal_removes_nothing_more(model, tmp_path):
+def test_training_on_after_removal_removes_nothing_more(model, tmp_path, caplog):
     trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(removal_ratio=0.5)])
     trainer.train()
     removed = list(model.config.removed_layers)
     trainer.train()
     assert model.config.removed_layers == removed
+    assert f"of layers {removed} of this model in an earlier training; nothing more is removed" in caplog.text
+
+
+def test_a_callback_that_is_used_again_chooses_anew_for_another_model(model, tmp_path):
+    other, gone = copy.deepcopy(model), copy.deepcopy(model)
+    callback = EntropyGuidedRemovalCallback(num_removed_layers=2)
+    make_trainer(model, tmp_path / "one", [callback]).train()
+    gone.remove_attention(callback.selection.layers)  # as this callback would have
+    for again, folder in ((other, "two"), (gone, "three")):
+        before = again.config.removed_layers
+        make_trainer(again, tmp_path / folder, [callback]).train()
+        assert len(again.config.removed_layers) == len(before) + 2
+        assert set(callback.selection.layers) == set(again.config.removed_layers) - set(before)
+    given = EntropyGuidedRemovalCallback(removed_layers=[1])
+    make_trainer(LambdaViTForImageClassification(model.config.__class__(**TINY)), tmp_path / "four", [given]).train()
+    pruned = LambdaViTForImageClassification(model.config.__class__(**TINY))
+    pruned.remove_attention([1])
+    with pytest.raises(ValueError, match=r"layers \[1\] is removed already"):
+        make_trainer(pruned, tmp_path / "five", [given]).train()
 
 
 def test_a_model_that_is_half_way_diluted_cannot_start_a_new_run(model, tmp_path):

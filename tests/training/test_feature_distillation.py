@@ -14,6 +14,8 @@ from lambda_vit_hf import (
     LambdaDinov2Backbone,
     LambdaDinov2Config,
     LambdaDinov2Model,
+    LambdaViTConfig,
+    LambdaViTModel,
 )
 from lambda_vit_hf.training.feature_distillation import FeatureDistillationLoss
 from tests.conftest import perturb
@@ -175,4 +177,13 @@ def test_encoders_that_merge_are_compared_patch_by_patch_or_refused(name, pixel_
         with pytest.raises(ValueError, match=r"no feature of each patch.*set_token_merging\(0\)"):
             loss(encoder, encoder(pixel_values), pixel_values)
     else:
-        assert loss(encoder, encoder(pixel_values), pixel_values) < 1e-6
+        whole = AutoLambdaModel.from_pretrained(tmp_path)
+        exact = FeatureDistillationLoss(whole)(encoder, encoder(pixel_values), pixel_values)
+        assert loss(encoder, encoder(pixel_values), pixel_values) == exact > 1e-6, "the teacher merges nothing"
+        assert loss(whole, whole(pixel_values), pixel_values) < 1e-6
+
+
+def test_what_could_not_be_compared_is_refused_before_any_training(tmp_path):
+    encoder = LambdaViTModel(LambdaViTConfig(**SHAPE, token_merging_r=2))
+    with pytest.raises(ValueError, match="leave --token_merging_r out"):
+        make(encoder, tmp_path)

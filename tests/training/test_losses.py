@@ -217,3 +217,13 @@ def test_impossible_distillation_is_refused(model, pixel_values):
             DistillationLoss(model, **settings)
     with pytest.raises(ValueError, match="same classes"):
         DistillationLoss(model)(pixel_values, torch.zeros(3, 4, requires_grad=True), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_the_teacher_computes_all_tokens(model, pixel_values, kind):
+    whole = model.eval()(pixel_values).logits
+    model.set_token_merging(4)
+    assert not torch.equal(model(pixel_values).logits, whole)
+    distillation = DistillationLoss(model, alpha=1.0, kind=kind)
+    assert torch.equal(distillation.teacher(pixel_values).logits, whole)
+    assert any(model.config.token_merging_schedule()), "the student still merges"

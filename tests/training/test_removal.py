@@ -226,7 +226,10 @@ def test_layers_are_not_chosen_on_a_classifier_that_is_new(vit_folder, caplog):
 def test_a_jump_of_lambda_is_said(caplog):
     removal = AttentionRemoval(num_removed_layers=1, dilution=DilutionConfig(granularity="epoch"))
     removal.plan(total_steps=18, steps_per_epoch=6)
-    assert "in one jump" in caplog.text
+    assert "in one jump" in caplog.text and "every 6 steps" in caplog.text
+    caplog.clear()
+    AttentionRemoval(num_removed_layers=1).plan(total_steps=2)
+    assert "in one jump" in caplog.text and "per step" not in caplog.text
     caplog.clear()
     removal.plan(total_steps=60, steps_per_epoch=6)
     assert caplog.text == ""

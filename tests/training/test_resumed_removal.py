@@ -258,3 +258,16 @@ def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
     trainer = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [{"token_merging_r": 2}, {"drop_path_rate": 0.2}], ids=str)
+def test_a_checkpoint_of_other_settings_of_the_model_is_refused(model, tmp_path, change):
+    config = copy.deepcopy(model.config)
+    for name, value in change.items():
+        setattr(config, name, value)
+    changed = LambdaViTForImageClassification(config)
+    settings = dict(kind=LambdaViTTrainer, save_strategy="steps", save_steps=6)
+    make_trainer(changed, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings).train()
+    trainer = make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
+    with pytest.raises(ValueError, match=f"was trained with {next(iter(change))} = "):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

@@ -1,0 +1,47 @@
+"""The classifier that a training distils from, where it is not the model before removal."""
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor
+
+from ..data.augmentation import output_size
+from ..evaluation.classifier import load_classifier
+
+
+def load_teacher(name_or_path: str, model: nn.Module, image_processor) -> nn.Module:
+    """
+    A classifier of any family that has the student's classes, in its order, and takes the student's images.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        model ([`LambdaPreTrainedModel`]): the student.
+        image_processor: of the student.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if a weight of it is missing, or it has other classes, or takes other images.
+    """
+    teacher = load_classifier(name_or_path)
+    mine, theirs = model.config.id2label, teacher.config.id2label
+    unnamed = {index: f"LABEL_{index}" for index in theirs}
+    if len(mine) != len(theirs) or (mine != theirs and theirs != unnamed):
+        raise ValueError(
+            f"The teacher {name_or_path} has other classes than the dataset, or another order:"
+            f" {list(theirs.values())[:5]} ({len(theirs)}), not {list(mine.values())[:5]} ({len(mine)})."
+        )
+    own = AutoImageProcessor.from_pretrained(name_or_path)
+    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        given, wanted = (_plain(getattr(one, name, None)) for one in (image_processor, own))
+        if given != wanted:
+            raise ValueError(
+                f"The teacher {name_or_path} takes images of {name} = {wanted}, the model of {given}, and both see the"
+                " same."
+            )
+    height, width = output_size(image_processor)
+    with torch.no_grad():
+        teacher(torch.zeros(1, model.config.num_channels, height, width))
+    return teacher
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
