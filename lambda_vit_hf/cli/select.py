@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
     if state.is_main_process and selection is not None and selection.layers:
         what = "to fine-tune it" if arguments.linear_maps else "to go on"
-        can_teach = model.has_class_head and not model.newly_initialized_head
-        print(f"{what}: {next_command(arguments, selection, can_teach)}")
+        print(f"{what}: {next_command(arguments, selection)}")
     state.destroy_process_group()
 
 
@@ -242,15 +241,15 @@ def put_linear_maps(model, processor, images, selection, arguments: argparse.Nam
         print(f"the model is in {folder}; {use}")
 
 
-def next_command(arguments: argparse.Namespace, selection, can_teach: bool) -> str:
+def next_command(arguments: argparse.Namespace, selection) -> str:
     """The command that removes these layers from this model, faded to what they were masked by, on the same images; or
-    fine-tunes the model with linear maps, with this one, if it has a trained class head, as teacher."""
+    fine-tunes the model with linear maps."""
     model = str(arguments.output_dir / "model") if arguments.linear_maps else arguments.model
     words = ["lambda-vit", "train", "finetune", "--model_name_or_path", model, *dataset_words(arguments)]
     if arguments.linear_maps:
-        # The recipe distils; the model to train itself, with its maps, would teach it nothing.
-        teacher = ["--teacher_model_name_or_path", arguments.model] if can_teach else ["--distillation", "none"]
-        return shlex.join([*words, "--removal_ratio", "0", *teacher])
+        # The recipe distils, and the model with its maps would be its own teacher. Taught by the whole one, maps
+        # ended no better (docs/nose.md).
+        return shlex.join([*words, "--removal_ratio", "0", "--distillation", "none"])
     return shlex.join([*words, "--removed_layers", *map(str, selection.layers), "--fade_to", selection.mask])
 
 

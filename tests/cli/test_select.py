@@ -102,8 +102,7 @@ def test_linear_maps_are_saved_in_a_model_that_can_be_used_and_trained(digits_vi
     assert (trained.config.fade_to, trained.config.removed_layers) == ("linear", [2, 3])
     before, after = (model.vit.layers[3].mapped_attention.token_proj.weight for model in (thinner, trained))
     assert not torch.equal(before, after)
-    whole = ViTForImageClassification.from_pretrained(digits_vit)
-    assert torch.equal(teachers[-1].vit.layers[3].attention.q_proj.weight, whole.vit.layers[3].attention.q_proj.weight)
+    assert not teachers, "it would be its own"
 
 
 @pytest.mark.parametrize(
