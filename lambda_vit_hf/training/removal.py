@@ -85,6 +85,7 @@ class AttentionRemoval:
         self._lambda: float | None = None  # set last
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
         self._is_removed = False
+        self._removed_before: list[int] | None = None  # of the model as it was given
         self._finished: weakref.ref | None = None  # the model that this removal was done on
 
     def settings(self) -> dict:
@@ -125,6 +126,7 @@ class AttentionRemoval:
             model.set_fade_to(self.dilution_config.fade_to)
         fit_to_model(config, model)
         self._lambda, self._is_removed = None, False
+        self._removed_before = list(model.config.removed_layers)
         if self.amount.removed_layers is not None:
             self.selection = AttentionSelection(list(self.amount.removed_layers))
             return self.selection
@@ -237,6 +239,7 @@ class AttentionRemoval:
             "selection": self.selection and self.selection.to_dict(),
             "dilution": self.schedule and dataclasses.asdict(self.schedule),
             "is_removed": self._is_removed,
+            "removed_before": self._removed_before,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -263,6 +266,7 @@ class AttentionRemoval:
         self.schedule, self._is_restored = schedule, True
         self.selection = selection
         self._lambda, self._is_removed = None, state.get("is_removed", False)
+        self._removed_before = state.get("removed_before")
 
     def _check_schedule(self, now: DilutionSchedule, checkpoint: DilutionSchedule) -> None:
         if now != checkpoint:
@@ -284,6 +288,14 @@ class AttentionRemoval:
             raise ValueError(
                 f"The checkpoint was written {when} the attention of layers {self.selection.layers} was removed, but"
                 f" this model {has}: load the model from the checkpoint, then resume with it in a new Trainer."
+            )
+        expected, now = state.get("removed_before"), model.config.removed_layers
+        if expected is not None and state["is_removed"]:
+            expected = sorted([*expected, *self.selection.layers])
+        if expected not in (None, now):
+            raise ValueError(
+                f"The checkpoint is of a model that has no attention in layers {expected}, this one has none in {now}:"
+                " load the model from the checkpoint, then resume with it in a new Trainer."
             )
 
     def check_restored(self, model: LambdaPreTrainedModel, step: int) -> None:

@@ -12,9 +12,11 @@ from transformers import Trainer, TrainerCallback
 
 from lambda_vit_hf import (
     EntropyGuidedRemovalCallback,
+    LambdaViTConfig,
     LambdaViTForImageClassification,
     LambdaViTTrainer,
 )
+from tests.conftest import TINY
 from tests.small_training import Recorder, final_weights, make_trainer
 
 
@@ -258,6 +260,25 @@ def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
     trainer = make_trainer(start, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=2)], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+
+def test_resuming_a_run_of_linear_maps_with_the_whole_model_is_refused_by_a_plain_trainer(model, tmp_path):
+    whole = copy.deepcopy(model)
+    replaced(model)
+    settings = dict(
+        save_strategy="steps", save_steps=6, save_only_model=True
+    )  # else torch refuses the optimizer's state
+    for amount in ({"num_removed_layers": 0}, {"num_removed_layers": 1}):
+        callback = EntropyGuidedRemovalCallback(**amount)
+        if amount["num_removed_layers"]:
+            whole.remove_attention([0])
+            start, other = copy.deepcopy(whole), LambdaViTForImageClassification(LambdaViTConfig(**TINY))
+        else:
+            start, other = model, copy.deepcopy(whole)
+        make_trainer(start, tmp_path, [callback], **settings).train()
+        trainer = make_trainer(other, tmp_path, [EntropyGuidedRemovalCallback(**amount)], **settings)
+        with pytest.raises(ValueError, match="is of a model that has no attention in layers"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 @pytest.mark.parametrize("change", [{"token_merging_r": 2}, {"drop_path_rate": 0.2}], ids=str)
