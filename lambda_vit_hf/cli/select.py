@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         put_linear_maps(model, processor, images, selection, arguments, state.is_main_process)
     if state.is_main_process and selection is not None and selection.layers:
         what = "to fine-tune it" if arguments.linear_maps else "to go on"
-        print(f"{what}: {next_command(arguments, selection)}")
+        print(f"{what}: {next_step(arguments, selection, model)}")
     state.destroy_process_group()
 
 
@@ -241,9 +241,14 @@ def put_linear_maps(model, processor, images, selection, arguments: argparse.Nam
         print(f"the model is in {folder}; {use}")
 
 
-def next_command(arguments: argparse.Namespace, selection) -> str:
+def next_step(arguments: argparse.Namespace, selection, model) -> str:
     """The command that removes these layers from this model, faded to what they were masked by, on the same images; or
-    fine-tunes the model with linear maps."""
+    fine-tunes the model with linear maps. Of a model that `train` has no loss for, what does it."""
+    from ..models.problem_type import SINGLE_LABEL, problem_type_of
+
+    if model.has_class_head and not model.newly_initialized_head and problem_type_of(model.config) != SINGLE_LABEL:
+        callback = f"EntropyGuidedRemovalCallback(removed_layers={selection.layers}, fade_to={selection.mask!r})"
+        return "train it in a LambdaViTTrainer" + ("" if arguments.linear_maps else f", with {callback}")
     model = str(arguments.output_dir / "model") if arguments.linear_maps else arguments.model
     words = ["lambda-vit", "train", "finetune", "--model_name_or_path", model, *dataset_words(arguments)]
     if arguments.linear_maps:

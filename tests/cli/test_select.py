@@ -261,7 +261,12 @@ def test_what_changes_is_named_by_what_the_head_says(digits_vit, tmp_path, monke
     config.problem_type = problem_type
     config.save_pretrained(digits_vit)
     how_many(digits_vit, tmp_path / "out", "--max_divergence", "1000")
-    assert capsys.readouterr().out.count(f"| {columns} |") == 2, "in the curve, and beside other strategies"
+    printed = capsys.readouterr().out
+    assert printed.count(f"| {columns} |") == 2, "in the curve, and beside other strategies"
+    assert (
+        "in a LambdaViTTrainer, with EntropyGuidedRemovalCallback(removed_layers=[1, 2, 3], fade_to='identity')"
+        in printed
+    )
     points = json.loads((tmp_path / "out" / "curve.json").read_text())["points"]
     assert all(point["divergence"] > 0 for point in points[1:])
     if problem_type == "regression":
