@@ -1,6 +1,8 @@
 """Losses of the DeiT recipe for the Hugging Face Trainer: hard or soft labels, and distillation from a teacher."""
 
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -86,6 +88,9 @@ class DistillationLoss:
       classes, mean over images, as in the DeiT paper (equation 2) and timm. DeiT's code divides by the number of
       classes besides.
     - `"hard"`: cross-entropy with the teacher's top class as label (DeiT paper, equation 3).
+    - With `hidden_weight`, also what leaves each block stays near what leaves the teacher's: that weight times
+      `1 - cosine`, mean over blocks and tokens, joins either distance. The size of a token does not count, so a stream
+      that is doubled where attention fades to the identity is as near as one that is not.
 
     The teacher is copied (so the model that will be trained may be given), put into evaluation mode, and never
     trained; it computes all tokens, also where it would merge some. It is no part of the model, nor of checkpoints.
@@ -96,11 +101,15 @@ class DistillationLoss:
         alpha (`float`, *optional*, defaults to 0.5): share of the distance, in [0, 1].
         temperature (`float`, *optional*, defaults to 1.0): softens both distributions (`"soft"` only), above 0.
         kind (`str`, *optional*, defaults to `"soft"`): `"soft"` or `"hard"`.
+        hidden_weight (`float`, *optional*, defaults to 0.0): of what leaves the blocks, 0 or more. Call the model with
+            `output_hidden_states=True` then.
 
     Raises:
-        ValueError: if an argument is out of its range; when called, if teacher and student differ in classes.
+        ValueError: if an argument is out of its range; when called, if teacher and student differ in classes, or in
+            blocks, tokens or width where hidden states are compared.
 
-    Source: Touvron et al., DeiT (arXiv 2012.12877), section 4; `timm.task.LogitDistillationTask`.
+    Source: Touvron et al., DeiT (arXiv 2012.12877), section 4; `timm.task.LogitDistillationTask`. Hidden states: layer
+    by layer as in TinyBERT (arXiv 1909.10351), by cosine as in DistilBERT (arXiv 1910.01108).
 
     Example, in a `Trainer` with a [`ClassificationLoss`]:
 
@@ -116,14 +125,23 @@ class DistillationLoss:
     ```
     """
 
-    def __init__(self, teacher: nn.Module, alpha: float = 0.5, temperature: float = 1.0, kind: str = "soft"):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        kind: str = "soft",
+        hidden_weight: float = 0.0,
+    ):
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
         if not temperature > 0.0:
             raise ValueError(f"`temperature` must be above 0, got {temperature}.")
         if kind not in DISTILLATION_KINDS:
             raise ValueError(f"`kind` must be one of {list(DISTILLATION_KINDS)}, got {kind!r}.")
-        self.alpha, self.temperature, self.kind = alpha, temperature, kind
+        if not 0.0 <= hidden_weight < math.inf:
+            raise ValueError(f"`hidden_weight` must be 0 or more, got {hidden_weight}.")
+        self.alpha, self.temperature, self.kind, self.hidden_weight = alpha, temperature, kind, hidden_weight
         self.teacher = frozen_copy(teacher)
 
     def __call__(
@@ -132,6 +150,7 @@ class DistillationLoss:
         student_logits: torch.Tensor,
         base_loss: torch.Tensor,
         num_images: torch.Tensor | float | None = None,
+        hidden_states: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -140,16 +159,21 @@ class DistillationLoss:
             base_loss (`torch.Tensor`): loss of the labels, a scalar.
             num_images (`float` or `torch.Tensor`, *optional*):
                 What the sum of `base_loss` was divided by; see [`images_averaged_over`]. Default: this batch's images.
+            hidden_states (`Sequence[torch.Tensor]`, *optional*): the student's, as transformers gives them: the
+                embeddings and what leaves each block, `(batch, tokens, hidden)`. Needed with `hidden_weight`.
         """
         if not student_logits.requires_grad:
             return base_loss
-        teacher_logits = self._teacher_logits(pixel_values)
+        teacher = self._ask_teacher(pixel_values)
+        teacher_logits = teacher.logits
         if teacher_logits.shape != student_logits.shape:
             raise ValueError(
                 f"The teacher's logits have shape {tuple(teacher_logits.shape)}, the student's"
                 f" {tuple(student_logits.shape)}: a teacher of the same classes is needed."
             )
         total = self._distance(_in_full_precision(student_logits), teacher_logits)
+        if self.hidden_weight:
+            total = total + self.hidden_weight * distance_of_hidden_states(hidden_states, teacher.hidden_states)
         num_images = len(pixel_values) if num_images is None else num_images
         return (1 - self.alpha) * base_loss + self.alpha * (total / num_images).to(base_loss.dtype)
 
@@ -164,11 +188,33 @@ class DistillationLoss:
         return functional.kl_div(student, teacher, reduction="sum", log_target=True) * self.temperature**2
 
     @torch.no_grad()
-    def _teacher_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _ask_teacher(self, pixel_values: torch.Tensor):
         weight = next(self.teacher.parameters())
         if weight.device != pixel_values.device:
             self.teacher.to(pixel_values.device)
-        return self.teacher(pixel_values.to(weight.dtype)).logits
+        options = {"output_hidden_states": True} if self.hidden_weight else {}
+        return self.teacher(pixel_values.to(weight.dtype), **options)
+
+
+def distance_of_hidden_states(student: Sequence[torch.Tensor] | None, teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    `1 - cosine` of what leaves each block, mean over blocks and tokens, summed over the images of the batch. The first
+    entries, embeddings, are left out.
+
+    Raises:
+        ValueError: if there are none, or of other shapes.
+    """
+    shapes = [[tuple(states.shape) for states in one or ()] for one in (student, teacher)]
+    if not student or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"Hidden states of shapes {shapes[0]} and {shapes[1]} cannot be compared: teacher and student need the"
+            " same blocks, width and tokens."
+        )
+    distances = [
+        1 - functional.cosine_similarity(mine.float(), theirs.float(), dim=-1).mean(dim=1)
+        for mine, theirs in zip(student[1:], teacher[1:], strict=True)
+    ]
+    return torch.stack(distances).mean(dim=0).sum()
 
 
 def frozen_copy(teacher: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from .progress import ThroughputCallback
 from .reporting import write_report
 from .starting_model import load_starting_model
 from .tasks import Task, find_task
-from .teacher import load_teacher
+from .teacher import check_hidden_states, load_teacher
 from .trainer import ImageTrainer
 from .training_images import TrainingImages, load_splits
 
@@ -82,6 +82,8 @@ def _run_alone(
     teacher = None
     if training_args.teacher_model_name_or_path is not None:
         teacher = load_teacher(training_args.teacher_model_name_or_path, model, processor)
+    if training_args.distillation_hidden_weight:
+        check_hidden_states(model, teacher)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = _has_unused_parameters(model)
     images = TrainingImages(splits, processor, data_args, augmentation_args, training_args)

@@ -43,5 +43,26 @@ def load_teacher(name_or_path: str, model: nn.Module, image_processor) -> nn.Mod
     return teacher
 
 
+def check_hidden_states(model: nn.Module, teacher: nn.Module | None = None) -> None:
+    """
+    Can what leaves the student's blocks be compared with the teacher's (by default itself, as it is before training)?
+
+    Raises:
+        ValueError: if they differ in blocks or width, or the student merges tokens.
+    """
+    if any(model.config.token_merging_schedule()):
+        raise ValueError(
+            "--distillation_hidden_weight compares tokens one by one, which the model merges: leave one out."
+        )
+    if teacher is None:
+        return
+    for name in ("num_hidden_layers", "hidden_size", "patch_size"):
+        mine, theirs = getattr(model.config, name), getattr(teacher.config, name, None)
+        if mine != theirs:
+            raise ValueError(
+                f"--distillation_hidden_weight needs a teacher of the model's shape: {name} is {theirs}, not {mine}."
+            )
+
+
 def _plain(value):
     return list(value) if isinstance(value, (list, tuple)) else value

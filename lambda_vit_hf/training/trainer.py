@@ -155,10 +155,13 @@ class ImageClassificationTrainer(ImageTrainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         # The labels are taken out of the inputs below.
         num_images = self.images_of_loss(inputs["labels"], num_items_in_batch)
+        pixel_values = inputs["pixel_values"]
+        if self.distillation is not None and self.distillation.hidden_weight and model.training:
+            inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.distillation is not None:
             with self.accelerator.autocast():  # which accelerate has put around the student's forward only
-                loss = self.distillation(inputs["pixel_values"], outputs.logits, loss, num_images)
+                loss = self.distillation(pixel_values, outputs.logits, loss, num_images, outputs.hidden_states)
         return (loss, outputs) if return_outputs else loss
 
 

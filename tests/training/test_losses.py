@@ -4,10 +4,16 @@ import pytest
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lambda_vit_hf.training.losses import ClassificationLoss, DistillationLoss, images_averaged_over
-from tests.conftest import perturb
+from lambda_vit_hf.training.losses import (
+    ClassificationLoss,
+    DistillationLoss,
+    distance_of_hidden_states,
+    images_averaged_over,
+)
+from lambda_vit_hf.training.trainer import ImageClassificationTrainer
+from tests.conftest import checkpoint_activations, perturb
 
 
 @pytest.fixture
@@ -227,3 +233,67 @@ def test_the_teacher_computes_all_tokens(model, pixel_values, kind):
     distillation = DistillationLoss(model, alpha=1.0, kind=kind)
     assert torch.equal(distillation.teacher(pixel_values).logits, whole)
     assert any(model.config.token_merging_schedule()), "the student still merges"
+
+
+@pytest.mark.parametrize("hidden_weight", [0.0, 3.0])
+def test_hidden_states_are_compared_block_by_block_whatever_their_size(model, pixel_values, hidden_weight):
+    student = perturb(copy.deepcopy(model), seed=1).train()
+    student.set_attention_lambda(0.5, [1])
+    outputs, base = student(pixel_values, output_hidden_states=True), torch.tensor(1.0)
+    distillation = DistillationLoss(model, alpha=0.25, hidden_weight=hidden_weight)
+    loss = distillation(pixel_values, outputs.logits, base, hidden_states=outputs.hidden_states)
+    with torch.no_grad():
+        theirs = model.eval()(pixel_values, output_hidden_states=True)
+    cosines = [
+        torch.nn.functional.cosine_similarity(one, other, dim=-1).mean()
+        for one, other in zip(outputs.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+    ]
+    assert len(cosines) == model.config.num_hidden_layers
+    plain = DistillationLoss(model, alpha=0.25)(pixel_values, outputs.logits, base)
+    torch.testing.assert_close(loss, plain + 0.25 * hidden_weight * (1 - sum(cosines) / len(cosines)))
+    twice = tuple(2 * states for states in outputs.hidden_states)
+    torch.testing.assert_close(distillation(pixel_values, outputs.logits, base, hidden_states=twice), loss)
+
+
+def test_hidden_states_that_cannot_be_compared_are_refused(model, pixel_values):
+    distillation = DistillationLoss(model, hidden_weight=1.0)
+    outputs = model.train()(pixel_values, output_hidden_states=True)
+    for hidden_states in (None, outputs.hidden_states[:-1], [states[:, 1:] for states in outputs.hidden_states]):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            distillation(pixel_values, outputs.logits, torch.tensor(1.0), hidden_states=hidden_states)
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        DistillationLoss(model, hidden_weight=-1.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_teaches_what_leaves_the_blocks(model, tmp_path, checkpointing):
+    teacher = copy.deepcopy(model)
+    trainer = ImageClassificationTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=12, learning_rate=0.0,
+                               max_grad_norm=0.0, report_to="none", disable_tqdm=True, use_cpu=True,
+                               save_strategy="no"),
+        train_dataset=Images(soft=False), eval_dataset=Images(soft=False),
+    )  # fmt: skip
+    if checkpointing:
+        checkpoint_activations(model, use_reentrant=False)
+    model.set_attention_lambda(0.0, [2])
+    trainer.distillation = DistillationLoss(teacher, alpha=1.0, hidden_weight=1e6)  # so that nothing else counts
+    gradients = []
+    trainer.add_callback(CatchGradient(gradients))
+    trainer.train()
+    images = torch.stack([item["pixel_values"] for item in Images(soft=False)])
+    model.zero_grad()
+    mine, theirs = (one.eval()(images, output_hidden_states=True).hidden_states for one in (model, teacher))
+    distance_of_hidden_states(mine, theirs).div(12).mul(1e6).backward()
+    expected = model.vit.layers[2].mlp.fc1.weight.grad
+    torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert "hidden_states" not in trainer.predict(Images(soft=False)).predictions
+
+
+class CatchGradient(TrainerCallback):
+    def __init__(self, gradients):
+        self.gradients = gradients
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append(model.vit.layers[2].mlp.fc1.weight.grad.clone())

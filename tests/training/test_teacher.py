@@ -6,7 +6,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lambda_vit_hf.training.arguments import PROGRAM_ARGUMENTS, parse_arguments
 from lambda_vit_hf.training.tasks import find_task
-from lambda_vit_hf.training.teacher import load_teacher
+from lambda_vit_hf.training.teacher import check_hidden_states, load_teacher
 from tests.conftest import TINY, perturb
 
 
@@ -56,3 +56,13 @@ def test_a_teacher_needs_distillation(tmp_path):
     model, data, augmentation, _, training = parse_arguments(words, PROGRAM_ARGUMENTS)
     with pytest.raises(ValueError, match="needs --distillation"):
         find_task("image_classification").check(model, data, augmentation, training)
+
+
+def test_hidden_states_need_a_teacher_of_the_same_shape_and_tokens_of_their_own(student, tmp_path):
+    check_hidden_states(student)
+    check_hidden_states(student, save_teacher(tmp_path))
+    with pytest.raises(ValueError, match="hidden_size is 64, not 32"):
+        check_hidden_states(student, save_teacher(tmp_path, hidden_size=64))
+    student.set_token_merging(2)
+    with pytest.raises(ValueError, match="merges"):
+        check_hidden_states(student)
