@@ -186,7 +186,7 @@ class LambdaTrainingArguments(TrainingArguments):
     distillation_alpha: float = field(default=0.5, metadata={"help": "Weight of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Softens both distributions."})
     distillation_hidden_weight: float = field(
-        default=0.0, metadata={"help": "Of what leaves each block (1 - cosine), beside the logits; 0: off."}
+        default=0.0, metadata={"help": "With distillation: of what leaves each block (1 - cosine); 0: off."}
     )
 
     def __post_init__(self):

@@ -82,7 +82,7 @@ def _run_alone(
     teacher = None
     if training_args.teacher_model_name_or_path is not None:
         teacher = load_teacher(training_args.teacher_model_name_or_path, model, processor)
-    if training_args.distillation_hidden_weight:
+    if training_args.distillation != "none" and training_args.distillation_hidden_weight:
         check_hidden_states(model, teacher)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = _has_unused_parameters(model)

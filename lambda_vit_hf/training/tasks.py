@@ -67,8 +67,6 @@ def _check_classification(model_args, data_args, augmentation_args, training_arg
     _distillation(torch.nn.Identity(), training_args)
     if training_args.teacher_model_name_or_path is not None and training_args.distillation == "none":
         raise ValueError("--teacher_model_name_or_path needs --distillation soft or hard.")
-    if training_args.distillation_hidden_weight and training_args.distillation == "none":
-        raise ValueError("--distillation_hidden_weight needs --distillation soft or hard.")
 
 
 def _teach_classes(trainer: ImageClassificationTrainer, whole, training_args: LambdaTrainingArguments) -> None:
