@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..export.onnx import export_program, images_for
     from ..export.serving_folder import NO_SOFTMAX, export_for_serving
     from ..models.checksums import write_checksums
-    from ..models.problem_type import MULTI_LABEL, REGRESSION
 
     check_output_dir(arguments.output_dir)
     if arguments.format == "onnx":
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processor.save_pretrained(arguments.output_dir)
         write_checksums(arguments.output_dir)
     print(*checks, sep="\n")
-    if arguments.format == "onnx" and checks[0].kind in (MULTI_LABEL, REGRESSION):
+    if arguments.format == "onnx" and not checks[0].has_softmax:
         print(NO_SOFTMAX)
     if arguments.int8 and arguments.int8_scales is None:
         print("int8 scales the activations of each image; --int8_scales static takes training images, and is faster.")

@@ -88,10 +88,13 @@ def _some_items(dataset: datasets.Dataset, image_processor, num_images: int) -> 
 def check_has_classes(config) -> None:
     """
     Raises:
-        ValueError: if the logits of a model with this config are values: there is no best of them.
+        ValueError: if the logits of a model with this config are values, or one: there is no best of them.
     """
-    if problem_type_of(config) == REGRESSION:
-        raise ValueError("The model gives values (its `problem_type` is 'regression'), not classes: it has no top-1.")
+    if problem_type_of(config) == REGRESSION or config.num_labels == 1:
+        raise ValueError(
+            f"The model gives values (`problem_type` {config.problem_type!r}, `num_labels` {config.num_labels}), not"
+            " classes: it has no top-1."
+        )
 
 
 def class_indices(names: Sequence[str], id2label: Mapping[int, str], by_index: bool = False) -> list[int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from ..models.pretrained_model import LambdaPreTrainedModel
-from ..models.problem_type import SINGLE_LABEL
 from ..selection.config import SelectionConfig
 from ..selection.processes import rank_and_num_processes
 from ..selection.select import AttentionSelection, select_attention_layers
@@ -43,7 +42,7 @@ class CurvePoint:
     parameters: int | None = None
     macs: int | None = None
     images_per_second: float | None = None
-    kind: str = SINGLE_LABEL
+    kind: str = field(kw_only=True)
 
 
 @dataclass

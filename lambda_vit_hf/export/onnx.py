@@ -28,8 +28,8 @@ class ExportCheck:
         file_bytes: its size.
         num_images: images both were run on.
         max_difference: largest difference between two logits, or two features of an encoder.
-        agreement: by `kind`: of classes the share of images that both give the same best one; of several labels that
-            of images that get the same ones; of values 1 - their root mean square difference, relative to their own;
+        agreement: by `kind`: of classes the share of images that both give the same best one; of several labels the
+            share of labels that are the same; of values 1 - their root mean square difference, relative to their own;
             of an encoder's features the cosine of a token in both, mean over tokens and images.
         kind: of the outputs, as of an [`OutputChange`].
     """
@@ -46,10 +46,15 @@ class ExportCheck:
         """What the Hub calls it."""
         return "image-feature-extraction" if self.kind == FEATURES else "image-classification"
 
+    @property
+    def has_softmax(self) -> bool:
+        """Whether a pipeline that takes the softmax of logits is right about them, or there are none."""
+        return self.kind not in (MULTI_LABEL, REGRESSION)
+
     def __str__(self) -> str:
         agreement = {
             SINGLE_LABEL: f"same top-1 in {100 * self.agreement:.1f} %",
-            MULTI_LABEL: f"same labels in {100 * self.agreement:.1f} %",
+            MULTI_LABEL: f"{100 * self.agreement:.1f} % of the labels the same",
             REGRESSION: f"root mean square difference {100 * (1 - self.agreement):.2g} %",
             FEATURES: f"mean cosine of tokens {self.agreement:.6f}",
         }[self.kind]
@@ -279,7 +284,7 @@ def _sums_of_agreement(expected: torch.Tensor, found: torch.Tensor, kind: str) -
         agreeing = nn.functional.cosine_similarity(expected, found, dim=-1).mean(dim=1)
     else:
         answers = ((one > 0) if kind == MULTI_LABEL else one.argmax(dim=1, keepdim=True) for one in (expected, found))
-        agreeing = torch.eq(*answers).all(dim=1).double()
+        agreeing = torch.eq(*answers).double().mean(dim=1)
     return torch.stack([agreeing.sum(), torch.tensor(float(len(agreeing)), dtype=torch.float64)])
 
 

@@ -46,7 +46,7 @@ class OnnxImageClassifier:
         check_checksums(folder)
         self.preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        labels, self.problem_type = config.get("id2label"), config.get("problem_type", "single_label_classification")
+        labels, self.problem_type = config.get("id2label"), config.get("problem_type") or "single_label_classification"
         if labels is None:
             raise ValueError(f"{folder} holds an encoder without class head: it gives features, and no classes.")
         self.labels: list[str] = [labels[str(index)] for index in range(len(labels))]

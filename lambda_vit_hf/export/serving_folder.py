@@ -16,7 +16,7 @@ from ..data import decoding
 from ..hub.exported_folder import MODEL_CONFIG
 from ..models import checksums
 from ..models.checksums import write_checksums
-from ..models.problem_type import MULTI_LABEL, REGRESSION, problem_type_of
+from ..models.problem_type import problem_type_of
 from .onnx import ExportCheck, compare_onnx, export_onnx, images_for
 from .openvino_ir import export_openvino
 from .precision import halve_onnx, quantize_onnx
@@ -194,7 +194,7 @@ _USE = {
 
 def _readme(checks: list[ExportCheck]) -> str:
     compared = "".join(f"- {check}\n" for check in checks)
-    task, note = checks[0].task, f"{NO_SOFTMAX}\n\n" if checks[0].kind in (MULTI_LABEL, REGRESSION) else ""
+    task, note = checks[0].task, "" if checks[0].has_softmax else f"{NO_SOFTMAX}\n\n"
     return (
         f"---\nlibrary_name: transformers.js\npipeline_tag: {task}\ntags:\n- onnx\n---\n\n{_USE[task]}{note}"
         "`config.json` says `vit` to whoever runs the graph; the config of the model that was exported is"

@@ -90,7 +90,7 @@ class FeaturesMixin:
         if any(self.config.token_merging_schedule()) and not self.reads_patches:
             raise ValueError(
                 f"{type(self).__name__} merges tokens, and gives no feature of each patch then. Call"
-                " `set_token_merging(0)`, or leave --token_merging_r out."
+                " `set_token_merging(0)`, or say --token_merging_r 0."
             )
 
     def reads_class_token_only(self, output: str) -> bool:

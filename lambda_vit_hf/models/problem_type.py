@@ -14,6 +14,7 @@ def problem_type_of(config) -> str:
         `"regression"`: logits are values; `"multi_label_classification"`: each logit, by the sigmoid, tells the
         probability of one label, and so does a single logit; `"single_label_classification"`: softmax.
     """
-    if config.problem_type == REGRESSION:
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type == REGRESSION:
         return REGRESSION
-    return MULTI_LABEL if config.problem_type == MULTI_LABEL or config.num_labels == 1 else SINGLE_LABEL
+    return MULTI_LABEL if problem_type == MULTI_LABEL or getattr(config, "num_labels", None) == 1 else SINGLE_LABEL

@@ -139,7 +139,7 @@ class EntropyGuidedRemovalCallback(OneModelInAllProcesses, ExportableState):
         removal = self.removal
         if state.global_step > 0:
             checkpointed = self._checkpointed(state)
-            if not removal.is_done(model):
+            if removal.is_of_another(model) or not removal.is_done(model):
                 removal.load_state_dict(checkpointed)
             removal.check_same_layers(model, checkpointed)
         if removal.is_done(model) and (state.global_step > 0 or not removal.is_of_another(model)):

@@ -220,8 +220,10 @@ def distance_of_hidden_states(student: Sequence[torch.Tensor] | None, teacher: S
 def frozen_copy(teacher: nn.Module) -> nn.Module:
     """A copy to learn from: in evaluation mode, without gradients, and without token merging, which approximates."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    if isinstance(teacher, LambdaPreTrainedModel) and any(teacher.config.token_merging_schedule()):
-        teacher.set_token_merging(0)
+    if isinstance(teacher, LambdaPreTrainedModel):
+        teacher.config.token_merging_r = (
+            0  # also of a model that is prepared for inference, which set_token_merging refuses
+        )
     return teacher
 
 

@@ -86,7 +86,10 @@ class AttentionRemoval:
         self._is_restored = False  # from a checkpoint, whose schedule is then the only one
         self._is_removed = False
         self._removed_before: list[int] | None = None  # of the model as it was given
-        self._finished: weakref.ref | None = None  # the model that this removal was done on
+        self._model: weakref.ref | None = None  # that the layers were chosen for
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}  # weak references cannot be pickled
 
     def settings(self) -> dict:
         """The arguments as plain values, JSON-serialisable."""
@@ -114,7 +117,7 @@ class AttentionRemoval:
             ValueError: if removal cannot work (see `rehearse`), or the model is being diluted already.
         """
         if self.is_of_another(model):
-            self.selection = self._finished = None
+            self.selection = None
         elif self.selection is not None and not self.is_done(model):
             # An earlier attempt was broken off, as by `auto_find_batch_size`.
             model.set_attention_lambda(1.0, self.selection.layers)
@@ -126,7 +129,7 @@ class AttentionRemoval:
             model.set_fade_to(self.dilution_config.fade_to)
         fit_to_model(config, model)
         self._lambda, self._is_removed = None, False
-        self._removed_before = list(model.config.removed_layers)
+        self._removed_before, self._model = list(model.config.removed_layers), weakref.ref(model)
         if self.amount.removed_layers is not None:
             self.selection = AttentionSelection(list(self.amount.removed_layers))
             return self.selection
@@ -192,8 +195,8 @@ class AttentionRemoval:
         return self.selection is not None and set(self.selection.layers) <= set(model.config.removed_layers)
 
     def is_of_another(self, model: LambdaPreTrainedModel) -> bool:
-        """Whether this removal was done, and on another model: then it has to choose anew."""
-        return self._finished is not None and self._finished() is not model
+        """Whether the layers were chosen for another model: then they are to be chosen anew."""
+        return self._model is not None and self._model() is not model
 
     def is_diluting(self, model: LambdaPreTrainedModel) -> bool:
         """Whether a chosen layer still has attention with lambda above 0."""
@@ -223,7 +226,6 @@ class AttentionRemoval:
             )
         if self.is_done(model):
             return
-        self._finished = weakref.ref(model)
         model.remove_attention(self.selection.layers)
         if self.dilution_config.fold:
             model.fold_removed_attention()
@@ -283,6 +285,7 @@ class AttentionRemoval:
         Raises:
             ValueError: if they are not.
         """
+        self._model = weakref.ref(model)
         if self.selection.layers and state.get("is_removed", self.is_done(model)) != self.is_done(model):
             when, has = ("after", "has it still") if state["is_removed"] else ("before", "has none there")
             raise ValueError(

@@ -105,7 +105,7 @@ def _run_alone(
     )
     averages = [] if training_args.ema_decay is None else [EmaCallback(training_args.ema_decay)]
     trainer = _trainer(task, model, training_args, [*averages, removal], **common)
-    _check_schedule(trainer, removal_args, is_new)
+    _check_schedule(trainer, removal_args, is_new, removes_any=removal.removal.amount.count(model) > 0)
     _check_learning_rates(trainer, model_args.base_learning_rate if is_new else None)
     if overwrite:
         folder.clear()
@@ -114,8 +114,9 @@ def _run_alone(
         _train_base(task, model, model_args, training_args, folder, **common)
 
     base = copy.deepcopy(model)
-    if model_args.token_merging_r is not None and not is_new:
-        base.set_token_merging(0)  # what the checkpoint is without the changes of this run
+    if model_args.token_merging_r is not None and not folder.base.is_dir():  # merging is a change of this run
+        given = type(model.config).from_pretrained(model_args.model_name_or_path)
+        base.set_token_merging(given.token_merging_r, start=given.token_merging_start)
     base_scores = task.scores_of_whole or _evaluate_base(task, base, training_args, **common)
     base.cpu()
     task.teach(trainer, base if teacher is None else teacher, training_args)
@@ -197,7 +198,7 @@ def _scale_learning_rates(model_args: ModelArguments, training_args: LambdaTrain
         setattr(args, name, scaled)
 
 
-def _check_schedule(trainer: ImageTrainer, removal_args: RemovalArguments, is_new: bool) -> None:
+def _check_schedule(trainer: ImageTrainer, removal_args: RemovalArguments, is_new: bool, removes_any: bool) -> None:
     """Lambda must have room to fall, and an average to forget what was before: known before any training."""
     steps_per_epoch, total_steps = trainer.count_steps()
     by_epoch = [
@@ -214,7 +215,6 @@ def _check_schedule(trainer: ImageTrainer, removal_args: RemovalArguments, is_ne
         raise ValueError(f"A stream of unknown length has no epochs, but {', '.join(by_epoch)} need them.")
     dilution = removal_args.dilution_config().schedule_for(total_steps, steps_per_epoch)
     decay, hold = trainer.args.ema_decay, total_steps - dilution.first_zero_step
-    removes_any = any(removal_args.amount().values())  # an average of a model that loses nothing may look back
     if decay is not None and removes_any and 1 / (1 - decay) > hold:
         raise ValueError(
             f"An average with ema_decay {decay} looks back over {1 / (1 - decay):,.0f} steps, but only {hold:,} are"

@@ -6,6 +6,7 @@ from transformers import AutoImageProcessor
 
 from ..data.augmentation import output_size
 from ..evaluation.classifier import load_classifier
+from ..models.problem_type import SINGLE_LABEL, problem_type_of
 
 
 def load_teacher(name_or_path: str, model: nn.Module, image_processor) -> nn.Module:
@@ -22,6 +23,11 @@ def load_teacher(name_or_path: str, model: nn.Module, image_processor) -> nn.Mod
         ValueError: if a weight of it is missing, or it has other classes, or takes other images.
     """
     teacher = load_classifier(name_or_path)
+    if problem_type_of(teacher.config) != SINGLE_LABEL:
+        raise ValueError(
+            f"The teacher {name_or_path} was trained for {problem_type_of(teacher.config).replace('_', ' ')}: its"
+            " logits are no scores of one of several classes."
+        )
     mine, theirs = model.config.id2label, teacher.config.id2label
     unnamed = {index: f"LABEL_{index}" for index in theirs}
     if len(mine) != len(theirs) or (mine != theirs and theirs != unnamed):
@@ -38,8 +44,13 @@ def load_teacher(name_or_path: str, model: nn.Module, image_processor) -> nn.Mod
                 " same."
             )
     height, width = output_size(image_processor)
-    with torch.no_grad():
-        teacher(torch.zeros(1, model.config.num_channels, height, width))
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, model.config.num_channels, height, width))
+    except ValueError as error:
+        raise ValueError(
+            f"The teacher {name_or_path} does not take the model's images of {height} x {width} pixels: {error}"
+        ) from error
     return teacher
 
 

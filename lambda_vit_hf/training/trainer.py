@@ -169,8 +169,8 @@ def _check_task(model) -> None:
     config = getattr(model, "config", None)
     if config is None or problem_type_of(config) == SINGLE_LABEL:
         return
+    found = f"`problem_type` {getattr(config, 'problem_type', None)!r} and `num_labels` {config.num_labels}"
     raise ValueError(
-        "ImageClassificationTrainer trains one of several classes for each image; the model has `problem_type`"
-        f" {config.problem_type!r} and `num_labels` {config.num_labels}. Use LambdaViTTrainer, which takes the model's"
-        " own loss, with the same callbacks."
+        f"ImageClassificationTrainer trains one of several classes for each image; the model has {found}. Use"
+        " LambdaViTTrainer, which takes the model's own loss, with the same callbacks."
     )

@@ -80,7 +80,7 @@ class LambdaViTTrainerMixin:
                 f"In {resume_from_checkpoint} the place of attention has {stored.fade_to!r}, in this model"
                 f" {self.model.config.fade_to!r}: load the model from the checkpoint, then resume."
             )
-        for name in ("token_merging_r", "token_merging_start", "drop_path_rate"):
+        for name in ("token_merging_r", "token_merging_start", "drop_path_rate", "drop_path_schedule"):
             now, then = (getattr(config, name, None) for config in (self.model.config, stored))
             if now != then:
                 raise ValueError(

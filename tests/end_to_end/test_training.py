@@ -318,6 +318,19 @@ def test_resuming_into_another_folder_finds_the_base_beside_the_checkpoint(finis
     PIL.Image.open(tmp_path / "elsewhere" / "entropy.png").verify()
 
 
+def test_before_is_the_model_as_it_was_given_whether_resumed_or_not(finished, tmp_path):
+    merging = ["--token_merging_r", "2", "--distillation", "soft", "--distillation_hidden_weight", "0"]
+    whole = run(tmp_path / "new", *merging)
+    resumed = run(tmp_path / "new", *merging, "--resume_from_checkpoint", tmp_path / "new" / "checkpoint-20")
+    for figures in (whole, resumed):
+        figures["before"].pop("images_per_second")
+    assert resumed["before"] == whole["before"], "the base was trained merging"
+    assert whole["before"]["macs"] < finished[1]["before"]["macs"]
+    given = run(tmp_path / "given", "--model_name_or_path", finished[0] / "base", *merging)
+    for name in ("macs", "top1"):
+        assert given["before"][name] == finished[1]["before"][name]
+
+
 def test_a_checkpoint_without_an_image_processor_is_named(tmp_path):
     config = ViTConfig(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                        num_labels=10)  # fmt: skip

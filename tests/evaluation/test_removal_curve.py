@@ -94,7 +94,8 @@ def test_sets_that_do_not_hold_each_other_are_refused(model):
 
 def curve_of(divergences, agreements):
     points = [
-        CurvePoint(list(range(k)), 0.0, *pair) for k, pair in enumerate(zip(divergences, agreements, strict=True))
+        CurvePoint(list(range(k)), 0.0, *pair, kind="features" if pair[1] is None else "single_label_classification")
+        for k, pair in enumerate(zip(divergences, agreements, strict=True))
     ]
     return RemovalCurve(points, AttentionSelection([0, 1, 2]))
 

@@ -185,5 +185,5 @@ def test_encoders_that_merge_are_compared_patch_by_patch_or_refused(name, pixel_
 
 def test_what_could_not_be_compared_is_refused_before_any_training(tmp_path):
     encoder = LambdaViTModel(LambdaViTConfig(**SHAPE, token_merging_r=2))
-    with pytest.raises(ValueError, match="leave --token_merging_r out"):
+    with pytest.raises(ValueError, match="say --token_merging_r 0"):
         make(encoder, tmp_path)

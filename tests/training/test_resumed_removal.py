@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import pickle
 import shutil
 
 import pytest
@@ -12,11 +13,9 @@ from transformers import Trainer, TrainerCallback
 
 from lambda_vit_hf import (
     EntropyGuidedRemovalCallback,
-    LambdaViTConfig,
     LambdaViTForImageClassification,
     LambdaViTTrainer,
 )
-from tests.conftest import TINY
 from tests.small_training import Recorder, final_weights, make_trainer
 
 
@@ -262,26 +261,52 @@ def test_a_checkpoint_with_the_old_names_of_settings_resumes(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
 
 
-def test_resuming_a_run_of_linear_maps_with_the_whole_model_is_refused_by_a_plain_trainer(model, tmp_path):
+def pruned(model):
+    model.remove_attention([0])
+
+
+@pytest.mark.parametrize(
+    ("change", "number"), [(lambda model: replaced(model), 0), (pruned, 1)], ids=["maps", "pruned"]
+)
+def test_resuming_with_the_model_as_it_was_before_is_refused_by_a_plain_trainer(model, tmp_path, change, number):
     whole = copy.deepcopy(model)
-    replaced(model)
-    settings = dict(
-        save_strategy="steps", save_steps=6, save_only_model=True
-    )  # else torch refuses the optimizer's state
-    for amount in ({"num_removed_layers": 0}, {"num_removed_layers": 1}):
-        callback = EntropyGuidedRemovalCallback(**amount)
-        if amount["num_removed_layers"]:
-            whole.remove_attention([0])
-            start, other = copy.deepcopy(whole), LambdaViTForImageClassification(LambdaViTConfig(**TINY))
-        else:
-            start, other = model, copy.deepcopy(whole)
-        make_trainer(start, tmp_path, [callback], **settings).train()
-        trainer = make_trainer(other, tmp_path, [EntropyGuidedRemovalCallback(**amount)], **settings)
-        with pytest.raises(ValueError, match="is of a model that has no attention in layers"):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    change(model)
+    # With an optimizer's state torch refuses it, in other words.
+    settings = dict(save_strategy="steps", save_steps=6, save_only_model=True)
+    make_trainer(model, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=number)], **settings).train()
+    trainer = make_trainer(whole, tmp_path, [EntropyGuidedRemovalCallback(num_removed_layers=number)], **settings)
+    with pytest.raises(ValueError, match="is of a model that has no attention in layers"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
-@pytest.mark.parametrize("change", [{"token_merging_r": 2}, {"drop_path_rate": 0.2}], ids=str)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_callback_that_trained_another_model_resumes_and_can_be_resumed(model, tmp_path, number):
+    other = copy.deepcopy(model)
+    other.remove_attention([1])
+    start, again = copy.deepcopy(other), copy.deepcopy(other)
+    used = EntropyGuidedRemovalCallback(num_removed_layers=number)
+    make_trainer(model, tmp_path / "one", [used]).train()
+    settings = dict(save_strategy="steps", save_steps=3)
+    make_trainer(other, tmp_path / "two", [used], **settings).train()
+    checkpoint = str(tmp_path / "two" / "checkpoint-6")
+    make_trainer(
+        start, tmp_path / "three", [EntropyGuidedRemovalCallback(num_removed_layers=number)], **settings
+    ).train(resume_from_checkpoint=checkpoint)
+    busy = EntropyGuidedRemovalCallback(num_removed_layers=number)
+    make_trainer(copy.deepcopy(again), tmp_path / "four", [busy]).train()  # so that it knows layers of another model
+    make_trainer(again, tmp_path / "five", [busy], **settings).train(resume_from_checkpoint=checkpoint)
+    for name, expected in other.state_dict().items():
+        assert torch.equal(start.state_dict()[name], expected) and torch.equal(again.state_dict()[name], expected), (
+            name
+        )
+    assert pickle.loads(pickle.dumps(busy.removal)).selection == busy.selection
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"token_merging_r": 2}, {"token_merging_start": 1}, {"drop_path_rate": 0.2}, {"drop_path_schedule": "linear"}],
+    ids=str,
+)
 def test_a_checkpoint_of_other_settings_of_the_model_is_refused(model, tmp_path, change):
     config = copy.deepcopy(model.config)
     for name, value in change.items():

@@ -42,7 +42,9 @@ def test_a_teacher_is_loaded_whole(student, tmp_path, pixel_values, names):
         ({"names": NAMES[::-1]}, "another order"),
         ({"names": 4}, r"\(4\), not .*\(5\)"),
         ({"processor": ViTImageProcessor(size=SQUARE, image_mean=[0.1] * 3)}, r"image_mean = \[0\.1, 0\.1, 0\.1\]"),
-        ({"image_size": 32}, "size"),
+        ({"image_size": 32}, "does not take the model's images of 16 x 16 pixels"),
+        ({"problem_type": "multi_label_classification"}, "was trained for multi label classification"),
+        ({"problem_type": "regression"}, "was trained for regression"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(student, tmp_path, options, said):
