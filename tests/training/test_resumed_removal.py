@@ -176,7 +176,7 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(IN_PLACE, 2))
+@pytest.mark.parametrize(("saved", "resumed"), list(itertools.permutations(IN_PLACE, 2)))
 def test_a_checkpoint_with_something_else_in_the_place_of_attention_is_refused(model, tmp_path, saved, resumed):
     other = copy.deepcopy(model)
     IN_PLACE[saved](model)
