@@ -63,7 +63,8 @@ def check_hidden_states(model: nn.Module, teacher: nn.Module | None = None) -> N
     """
     if any(model.config.token_merging_schedule()):
         raise ValueError(
-            "--distillation_hidden_weight compares tokens one by one, which the model merges: leave one out."
+            "--distillation_hidden_weight compares tokens one by one, but the model merges them: set it to 0, or"
+            " --token_merging_r."
         )
     if teacher is None:
         return
@@ -71,7 +72,8 @@ def check_hidden_states(model: nn.Module, teacher: nn.Module | None = None) -> N
         mine, theirs = getattr(model.config, name), getattr(teacher.config, name, None)
         if mine != theirs:
             raise ValueError(
-                f"--distillation_hidden_weight needs a teacher of the model's shape: {name} is {theirs}, not {mine}."
+                f"--distillation_hidden_weight needs a teacher of the model's shape ({name} is {theirs}, not {mine}):"
+                " set it to 0."
             )
 
 

@@ -63,7 +63,7 @@ def test_a_teacher_needs_distillation(tmp_path):
 def test_hidden_states_need_a_teacher_of_the_same_shape_and_tokens_of_their_own(student, tmp_path):
     check_hidden_states(student)
     check_hidden_states(student, save_teacher(tmp_path))
-    with pytest.raises(ValueError, match="hidden_size is 64, not 32"):
+    with pytest.raises(ValueError, match=r"hidden_size is 64, not 32\): set it to 0"):
         check_hidden_states(student, save_teacher(tmp_path, hidden_size=64))
     student.set_token_merging(2)
     with pytest.raises(ValueError, match="merges"):
