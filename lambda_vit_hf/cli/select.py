@@ -123,10 +123,10 @@ def _check(arguments: argparse.Namespace, config, model) -> None:
     """Before images are loaded and anything is measured: what would be refused in the end, or could not be written."""
     from ..selection.checks import count_layers, fit_to_model
 
-    fit_to_model(config, model)
+    output = fit_to_model(config, model).output
     kept, count = model.config.kept_layers, 1
     if _asks_how_many(arguments):
-        _check_bounds(arguments, config, model)
+        _check_bounds(arguments, output, model)
     else:
         count = count_layers(len(kept), arguments.num_removed_layers, arguments.removal_ratio)
     if arguments.linear_maps:
@@ -163,12 +163,11 @@ def find_out_how_many(model, images, config, arguments: argparse.Namespace, is_m
     return curve.selection_of(number) if number else None
 
 
-def _check_bounds(arguments: argparse.Namespace, config, model) -> None:
-    from ..selection.checks import fit_to_model
+def _check_bounds(arguments: argparse.Namespace, output: str, model) -> None:
     from ..selection.output_change import AGREEMENTS, kind_of_output
 
     share, most = arguments.min_agreement, arguments.max_divergence
-    if share is not None and kind_of_output(model, fit_to_model(config, model).output) not in AGREEMENTS:
+    if share is not None and kind_of_output(model, output) not in AGREEMENTS:
         raise ValueError("--min_agreement needs a trained head of classes: use --max_divergence.")
     if (share is not None and not 0 <= share <= 1) or (most is not None and not most >= 0):
         raise ValueError("--min_agreement must lie in [0, 1], and --max_kl must be 0 or more.")

@@ -58,6 +58,10 @@ def check_hidden_states(model: nn.Module, teacher: nn.Module | None = None) -> N
     """
     Can what leaves the student's blocks be compared with the teacher's (by default itself, as it is before training)?
 
+    Args:
+        model ([`LambdaPreTrainedModel`]): the student.
+        teacher (`nn.Module`, *optional*): another classifier.
+
     Raises:
         ValueError: if they differ in blocks or width, or the student merges tokens.
     """

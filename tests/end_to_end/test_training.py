@@ -331,6 +331,13 @@ def test_before_is_the_model_as_it_was_given_whether_resumed_or_not(finished, tm
         assert given["before"][name] == finished[1]["before"][name]
 
 
+def test_an_average_may_look_back_where_nothing_is_removed(finished, tmp_path):
+    long = ["--model_name_or_path", finished[0] / "base", "--ema_decay", "0.99", "--max_steps", "4"]
+    with pytest.raises(ValueError, match="looks back over 100 steps"):
+        run(tmp_path / "removed", *long)
+    assert run(tmp_path / "whole", *long, "--num_removed_layers", "0")["layers"] == []
+
+
 def test_a_checkpoint_without_an_image_processor_is_named(tmp_path):
     config = ViTConfig(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                        num_labels=10)  # fmt: skip
